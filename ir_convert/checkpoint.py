@@ -1,0 +1,203 @@
+"""The base model on disk: configuration, tokenizer and weights, read a tensor at a time.
+
+Nothing here runs code that came with a model, and nothing loads a whole model.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from .errors import UserError
+from .families import Family, family_of, head_dim
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+@dataclass
+class Checkpoint:
+    """A local checkpoint folder, its headers checked.
+
+    Attributes:
+        name: what the user called it: a folder or a Hub id.
+        path: the local folder.
+        config: the model's configuration.
+        shards: tensor name -> file name.
+    """
+
+    name: str
+    path: Path
+    config: PretrainedConfig
+    shards: dict[str, str] = field(repr=False)
+
+    @classmethod
+    def open(cls, model: str) -> "Checkpoint":
+        """Opens a local folder or a Hub id (downloaded to the Hub's cache).
+
+        Raises:
+            UserError: not found, no safetensors weights, unknown family, damaged or missing shards.
+        """
+        path = Path(model) if Path(model).is_dir() else _download(model)
+        try:
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(_why_no_config(path, error)) from error
+        family_of(config)
+        checkpoint = cls(model, path, config, _shards(path))
+        checkpoint._check_weights()
+        return checkpoint
+
+    @property
+    def family(self) -> Family:
+        return family_of(self.config)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        try:
+            return AutoTokenizer.from_pretrained(self.path)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.name} has no tokenizer that loads: {_one_line(error)}") from error
+
+    @property
+    def tied(self) -> bool:
+        """Whether embedding and head are one tensor."""
+        return self.config.tie_word_embeddings or self.family.head not in self.shards
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Reads one tensor; either of a tied pair stands for the other."""
+        if name not in self.shards and self.tied:
+            twins = {self.family.embedding: self.family.head, self.family.head: self.family.embedding}
+            name = twins.get(name, name)
+        if name not in self.shards:
+            raise UserError(f"{self.name} has no tensor '{name}'")
+        with safe_open(self.path / self.shards[name], "pt") as file:
+            tensor = file.get_tensor(name)
+        return tensor if dtype is None else tensor.to(dtype)
+
+    def read_layer(self, layer: int, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+        """Reads one decoder layer's tensors, by their names inside the layer."""
+        prefix = f"{self.family.layers}.{layer}."
+        return {name.removeprefix(prefix): self.read(name, dtype) for name in self.shards if name.startswith(prefix)}
+
+    def files(self, names: Iterable[str]) -> list[Path]:
+        """Returns those of the named files that the folder has."""
+        return [self.path / name for name in names if (self.path / name).is_file()]
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """SHA-256 over the weight files, in the order of their names."""
+        digest = hashlib.sha256()
+        for shard in sorted(set(self.shards.values())):
+            with open(self.path / shard, "rb") as file:
+                while chunk := file.read(1 << 22):
+                    digest.update(chunk)
+        return digest.hexdigest()
+
+    @cached_property
+    def weight_bytes(self) -> int:
+        return sum((self.path / shard).stat().st_size for shard in set(self.shards.values()))
+
+    def _check_weights(self) -> None:
+        """Opens every shard's header: a truncated download shows now, not hours into a calibration."""
+        shapes: dict[str, list[int]] = {}
+        for shard in sorted(set(self.shards.values())):
+            try:
+                with safe_open(self.path / shard, "pt") as file:
+                    shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{self.path / shard} is damaged: {_one_line(error)}; download it again") from error
+        if absent := sorted(set(self.shards) - set(shapes)):
+            raise UserError(f"{self.path} names tensors its files do not hold, first '{absent[0]}'; download it again")
+        family, config = self.family, self.config
+        last = f"{family.layers}.{config.num_hidden_layers - 1}"
+        query = [config.num_attention_heads * head_dim(config), config.hidden_size]
+        for name, shape in {
+            f"{last}.{family.attention.module}.q_proj.weight": query,
+            f"{last}.{family.mlp.module}.up_proj.weight": [config.intermediate_size, config.hidden_size],
+            family.final_norm: [config.hidden_size],
+        }.items():
+            if shapes.get(name) != shape:
+                raise UserError(
+                    f"{self.path}: tensor '{name}' is {shapes.get(name, 'absent')}; config.json says {shape}"
+                )
+        if not {family.embedding, family.head} & set(shapes):
+            raise UserError(f"{self.path} has neither '{family.embedding}' nor '{family.head}'")
+
+
+def _download(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise UserError(
+            f"model folder '{model}' does not exist: name a local folder or a Hub id such as Qwen/Qwen3-0.6B"
+        )
+    try:
+        # Weights in safetensors, configuration and tokenizer; never Python files, never pickles.
+        return Path(
+            snapshot_download(model, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"])
+        )
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise UserError(
+            f"'{model}' is neither a local folder nor a model that can be fetched from the Hub: {_one_line(error)}"
+        ) from error
+
+
+def _shards(path: Path) -> dict[str, str]:
+    if (path / INDEX).is_file():
+        try:
+            shards = json.loads((path / INDEX).read_text("utf-8"))["weight_map"]
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{path / INDEX} is damaged: {_one_line(error)}") from error
+        for shard in set(shards.values()):
+            if os.path.basename(shard) != shard or shard in ("", ".", ".."):
+                raise UserError(f"{path / INDEX} names a file outside its folder: '{shard}'")
+            if not (path / shard).is_file():
+                raise UserError(f"{path} lacks the weight file '{shard}' that its index names; download it again")
+        return shards
+    if (path / SINGLE).is_file():
+        try:
+            with safe_open(path / SINGLE, "pt") as file:
+                return dict.fromkeys(file.keys(), SINGLE)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path / SINGLE} is damaged: {_one_line(error)}; download it again") from error
+    raise UserError(
+        f"{path} has no '{SINGLE}' or '{INDEX}'; other weight formats are not read "
+        "(save_pretrained of a recent transformers writes safetensors)"
+    )
+
+
+def _why_no_config(path: Path, error: Exception) -> str:
+    config = path / "config.json"
+    if not config.is_file():
+        return f"{path} has no config.json: not a Hugging Face model folder"
+    try:
+        content = json.loads(config.read_text("utf-8"))
+    except ValueError:
+        return f"{config} is not valid JSON"
+    if "auto_map" in content:
+        return f"{path} needs code of its own (auto_map) to load; such models are not converted"
+    return f"{config} cannot be read: {_one_line(error)}"
+
+
+def _one_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0]

@@ -1,0 +1,119 @@
+"""The routing file: everything that calibration learns, and all that an exporter needs beside the base weights.
+
+A safetensors file. Tensors: ``layers.{i}.{attention|mlp}.{forecaster|router}.*`` (see ``units.py``), ``curve.sparsity`` and
+``curve.threshold``. Metadata ``ir_convert`` (JSON): base model and hash of its weights, recipe, options, data, figures.
+"""
+
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .errors import UserError
+from .families import UNITS
+from .units import RoutedUnit
+
+FORMAT = 1
+
+
+@dataclass
+class Curve:
+    """Sparsity against threshold, measured on held-out text. Both rise strictly."""
+
+    sparsity: list[float]
+    threshold: list[float]
+
+    def at(self, sparsity: float) -> float:
+        """Returns the threshold that saves ``sparsity`` of the FLOPs; -inf (the dense model) for 0.
+
+        Raises:
+            UserError: no threshold saves that much.
+        """
+        if sparsity <= 0:
+            return -math.inf
+        if sparsity > self.sparsity[-1] + 1e-9:
+            raise UserError(f"sparsity {sparsity:g} is out of reach; this routing reaches {self.sparsity[-1]:.3f}")
+        return float(np.float32(np.interp(sparsity, self.sparsity, self.threshold)))
+
+
+@dataclass
+class Routing:
+    """A calibrated routing.
+
+    Attributes:
+        units: forecaster and router by (layer, unit), fp32.
+        curve: sparsity -> threshold.
+        metadata: JSON-able facts: ``base_model``, ``weights_sha256``, ``recipe``, ``rank``, ``router_width``, ``sparsity``
+            (asked), ``threshold``, ``statistics`` ... see ``calibrate``.
+    """
+
+    units: dict[tuple[int, str], RoutedUnit]
+    curve: Curve
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> int:
+        return len(self.units) // len(UNITS)
+
+    @property
+    def rank(self) -> int:
+        return self.units[0, UNITS[0]].forecaster.down.shape[0]
+
+    @property
+    def router_width(self) -> int:
+        return self.units[0, UNITS[0]].router.hidden.shape[0]
+
+    @property
+    def sparsity(self) -> float:
+        """The sparsity that was asked for, the default of every artifact."""
+        return self.metadata["sparsity"]
+
+    @property
+    def threshold(self) -> float:
+        """The threshold of ``sparsity``."""
+        return self.curve.at(self.sparsity)
+
+    def save(self, path: Path) -> None:
+        """Writes the file whole or not at all (temporary file, fsync, rename)."""
+        tensors = {
+            f"layers.{layer}.{unit}.{name}": tensor.detach().float().cpu().contiguous()
+            for (layer, unit), routed in self.units.items()
+            for name, tensor in routed.tensors().items()
+        }
+        tensors["curve.sparsity"] = torch.tensor(self.curve.sparsity, dtype=torch.float64)
+        tensors["curve.threshold"] = torch.tensor(self.curve.threshold, dtype=torch.float64)
+        temporary = path.with_name(path.name + ".tmp")
+        save_file(tensors, temporary, metadata={"format": str(FORMAT), "ir_convert": json.dumps(self.metadata)})
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Routing":
+        """Reads a routing file.
+
+        Raises:
+            UserError: the file is missing, damaged, or not a routing file of a known format.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                header = file.metadata() or {}
+                if header.get("format") != str(FORMAT) or "ir_convert" not in header:
+                    raise UserError(f"{path} is not a routing file of format {FORMAT}: name one written by ir-convert")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot read the routing file {path}: {error}") from error
+        curve = Curve(*(tensors.pop(f"curve.{axis}").tolist() for axis in ("sparsity", "threshold")))
+        grouped: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
+        for name, tensor in tensors.items():
+            _, layer, unit, rest = name.split(".", 3)
+            grouped.setdefault((int(layer), unit), {})[rest] = tensor
+        units = {key: RoutedUnit.from_tensors(grouped[key]) for key in sorted(grouped)}
+        return cls(units, curve, json.loads(header["ir_convert"]))

@@ -1,0 +1,95 @@
+"""The mathematics of informed routing: forecaster, router, and the routed unit. Nothing else.
+
+A pretrained unit (attention or MLP) does ``x <- x + unit(h)`` with ``h = norm(x)``. Routed, each token does
+
+    x <- x + (unit(h) if score(h) > threshold else forecast(h))
+
+- forecast(h) = up @ (down @ h) + bias: a rank-r linear forecaster (LFF) of the unit's output.
+- score(h) = v @ silu(W @ h + b) + c: the log of what approximating this token here is expected to cost, per FLOP saved.
+
+One threshold serves the whole model; at -inf every token executes and the model is the dense one.
+Method: informed routing, arXiv 2510.13831; closed-form forecasters and cost-regressed routers are this project's.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass
+class Forecaster:
+    """A rank-r linear map from normalised hidden states to the unit's output. Rank 0 forecasts zero: plain skipping.
+
+    Attributes:
+        down: ``[rank, hidden]``.
+        up: ``[hidden, rank]``.
+        bias: ``[hidden]``.
+    """
+
+    down: Tensor
+    up: Tensor
+    bias: Tensor
+
+    def __call__(self, h: Tensor) -> Tensor:
+        """Forecasts the unit's output for normalised hidden states ``[..., hidden]``."""
+        return F.linear(F.linear(h, self.down), self.up, self.bias)
+
+
+@dataclass
+class Router:
+    """A one-hidden-layer MLP from normalised hidden states to a score.
+
+    Attributes:
+        hidden: ``[width, hidden]``.
+        hidden_bias: ``[width]``.
+        out: ``[1, width]``.
+        out_bias: ``[1]``; holds minus the log of the unit's share of the FLOPs, which makes one threshold fit all units.
+    """
+
+    hidden: Tensor
+    hidden_bias: Tensor
+    out: Tensor
+    out_bias: Tensor
+
+    def __call__(self, h: Tensor) -> Tensor:
+        """Scores normalised hidden states ``[..., hidden]`` -> ``[...]``."""
+        return F.linear(F.silu(F.linear(h, self.hidden, self.hidden_bias)), self.out, self.out_bias).squeeze(-1)
+
+
+@dataclass
+class RoutedUnit:
+    """What routing adds to one unit."""
+
+    forecaster: Forecaster
+    router: Router
+
+    def execute(self, h: Tensor, threshold: float) -> Tensor:
+        """Decides for normalised hidden states ``[..., hidden]`` -> bool ``[...]``, True where the unit is to run."""
+        return self.router(h) > threshold
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns the unit's tensors by dotted name, e.g. ``forecaster.down``."""
+        return {
+            f"{part}.{field.name}": getattr(getattr(self, part), field.name)
+            for part, kind in _PARTS.items()
+            for field in fields(kind)
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> "RoutedUnit":
+        """The inverse of ``tensors``."""
+        parts = {
+            part: kind(**{field.name: tensors[f"{part}.{field.name}"] for field in fields(kind)})
+            for part, kind in _PARTS.items()
+        }
+        return cls(**parts)
+
+
+_PARTS = {"forecaster": Forecaster, "router": Router}
+
+
+def merge(execute: Tensor, output: Tensor, forecast: Tensor) -> Tensor:
+    """Returns the unit's output where ``execute[...]``, the forecast elsewhere; both ``[..., hidden]``."""
+    return torch.where(execute.unsqueeze(-1), output, forecast)
