@@ -116,6 +116,11 @@ class Checkpoint:
     def weight_bytes(self) -> int:
         return sum((self.path / shard).stat().st_size for shard in set(self.shards.values()))
 
+    @cached_property
+    def stored_dtype(self) -> torch.dtype:
+        """The precision of the weights as stored (of the final norm, which stands for all)."""
+        return self.read(self.family.final_norm).dtype
+
     def _check_weights(self) -> None:
         """Opens every shard's header: a truncated download shows now, not hours into a calibration."""
         shapes: dict[str, list[int]] = {}

@@ -22,6 +22,8 @@ from .units import RoutedUnit
 
 FORMAT = 1
 
+Units = dict[tuple[int, str], RoutedUnit]
+
 
 @dataclass
 class Curve:
@@ -54,7 +56,7 @@ class Routing:
             (asked), ``threshold``, ``statistics`` ... see ``calibrate``.
     """
 
-    units: dict[tuple[int, str], RoutedUnit]
+    units: Units
     curve: Curve
     metadata: dict[str, Any] = field(default_factory=dict)
 

@@ -77,6 +77,10 @@ class RoutedUnit:
             for field in fields(kind)
         }
 
+    def to(self, device: torch.device) -> "RoutedUnit":
+        """Returns a copy on another device."""
+        return self.from_tensors({name: tensor.to(device) for name, tensor in self.tensors().items()})
+
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> "RoutedUnit":
         """The inverse of ``tensors``."""

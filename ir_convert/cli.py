@@ -1,0 +1,78 @@
+"""The command line: ``ir-convert MODEL --out PATH`` and ``ir-convert generate ARTIFACT PROMPT``."""
+
+import sys
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from . import __version__
+from .errors import UserError
+
+FILE = click.Path(path_type=Path)
+
+
+@click.command("ir-convert", epilog="Run what came out: ir-convert generate ARTIFACT PROMPT (--help for its options).")
+@click.argument("model")
+@click.option("--out", required=True, multiple=True, type=FILE, help="NAME.onnx, NAME.safetensors (routing file), or a folder (Hugging Face checkpoint). May be repeated.")
+@click.option("--sparsity", type=float, help="Share of the layers' FLOPs to save, in [0, 1).  [default: 0.4, or the routing file's]")
+@click.option("--calibration", type=FILE, metavar="FILE", help="Text like what the model will serve.  [default: Python's documentation topics]")
+@click.option("--routing", type=FILE, metavar="FILE", help="Use an earlier conversion's routing file instead of calibrating.")
+@click.option("--tokens", type=click.IntRange(1), default=65536, show_default=True, help="Calibration tokens, at most.")
+@click.option("--rank", type=click.IntRange(0), help="Rank of the forecasters; 0 for none.  [default: by width]")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, ...")
+@click.option("--dtype", type=click.Choice(["auto", "float32", "float16", "bfloat16"]), default="auto", show_default=True, help="Precision of what is written; auto: float32 in ONNX, the base model's in a checkpoint.")
+@click.option("--overwrite", is_flag=True, help="Replace outputs that exist.")
+@click.version_option(__version__)
+def convert(model: str, out: tuple[Path, ...], **options: object) -> None:
+    """Turn MODEL, a local folder or a Hub id, into one that decides per token which units to run.
+
+    \b
+    ir-convert meta-llama/Llama-2-7b-hf --out ir-llama.onnx
+    ir-convert ./my-model --out my-ir-model/ --sparsity 0.3 --calibration domain.txt
+    """
+    from .convert import convert as pipeline
+    from .progress import Bars
+    from .report import summary
+
+    console = Console(stderr=True)
+    conversion = pipeline(model, out, report=Bars(console), **options)  # type: ignore[arg-type]
+    Console().print(summary(conversion))
+
+
+@click.command("ir-convert generate")
+@click.argument("artifact", type=FILE)
+@click.argument("prompt")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--sparsity", type=float, help="Share of FLOPs to save, in [0, 1).  [default: the artifact's]")
+@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 for greedy decoding.")
+@click.option("--seed", type=int, default=0, show_default=True)
+def generate(artifact: Path, prompt: str, **options: object) -> None:
+    """Continue PROMPT with ARTIFACT, an .onnx file or a checkpoint folder that ir-convert wrote."""
+    from .generate import generate as stream
+
+    for text in stream(artifact, prompt, **options):  # type: ignore[arg-type]
+        click.echo(text, nl=False)
+    click.echo()
+
+
+def main() -> None:
+    """Runs the command; whatever the user can put right ends in one line and exit code 2."""
+    arguments = sys.argv[1:]
+    command = generate if arguments[:1] == ["generate"] else convert
+    try:
+        command.main(arguments[1:] if command is generate else arguments, standalone_mode=False)
+    except click.exceptions.Exit as done:
+        sys.exit(done.exit_code)
+    except click.exceptions.Abort:
+        sys.exit(130)
+    except click.ClickException as error:
+        _fail(error.format_message())
+    except UserError as error:
+        _fail(str(error))
+
+
+def _fail(message: str) -> None:
+    click.echo(f"ir-convert: {message}", err=True)
+    sys.exit(2)

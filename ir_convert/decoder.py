@@ -1,0 +1,105 @@
+"""The base model in PyTorch, one decoder layer in memory at a time."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+from .checkpoint import Checkpoint
+from .families import Family, sliding_windows
+
+
+class Layer:
+    """One decoder layer, opened up so that each unit can be run by itself on full blocks of tokens."""
+
+    def __init__(self, module: nn.Module, family: Family, rope: nn.Module, window: int | None) -> None:
+        self._module, self._family, self._rope, self._window = module, family, rope, window
+
+    def norm(self, unit: str, x: Tensor) -> Tensor:
+        """Returns what the unit sees, ``norm(x)``; both ``[batch, sequence, hidden]``."""
+        return getattr(self._module, self._family.unit(unit).norm)(x)
+
+    def run(self, unit: str, h: Tensor) -> Tensor:
+        """Returns the unit's output for normalised hidden states; both ``[batch, sequence, hidden]``."""
+        module = getattr(self._module, self._family.unit(unit).module)
+        if unit == "mlp":
+            return module(h)
+        positions = torch.arange(h.shape[1], device=h.device).unsqueeze(0)
+        output, _ = module(hidden_states=h, position_embeddings=self._rope(h, positions), attention_mask=self._mask(h))
+        return output
+
+    def _mask(self, h: Tensor) -> Tensor | None:
+        """The sliding-window mask ``[1, 1, query, key]``; None (plain causal) where the window covers the block."""
+        length = h.shape[1]
+        if self._window is None or self._window >= length:
+            return None
+        everything = torch.ones(length, length, dtype=torch.bool, device=h.device)
+        return (everything.tril() & everything.triu(1 - self._window))[None, None]
+
+
+class Decoder:
+    """The base model's parts. Weights are read when a part is asked for, in ``dtype``, and not kept.
+
+    Args:
+        checkpoint: where the weights are.
+        device: where to compute.
+        dtype: precision of weights and arithmetic.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
+        self.config = checkpoint.config
+        with torch.device("meta"):
+            self._skeleton = AutoModelForCausalLM.from_config(self.config, attn_implementation="sdpa").eval()
+        inner = self._skeleton.model
+        self._rope = type(inner.rotary_emb)(config=self.config).to(device)
+        self._windows = sliding_windows(self.config)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Embeds tokens ``[batch, sequence]`` -> ``[batch, sequence, hidden]``, on the CPU."""
+        table = self.checkpoint.read(self.checkpoint.family.embedding)
+        return F.embedding(ids, table).to(self.dtype)
+
+    def layers(self) -> Iterator[tuple[int, Layer]]:
+        """Yields (index, layer) from first to last, one loaded at a time."""
+        for index in range(self.config.num_hidden_layers):
+            yield index, self.layer(index)
+
+    def layer(self, index: int) -> Layer:
+        module = self._skeleton.model.layers[index]
+        # assign=True replaces the meta parameters of a throw-away skeleton; the previous layer's go back to meta.
+        self._release()
+        module.load_state_dict(
+            {name: tensor.to(self.device) for name, tensor in self.checkpoint.read_layer(index, self.dtype).items()},
+            assign=True,
+        )
+        module.requires_grad_(False)
+        self._loaded = index
+        return Layer(module, self.checkpoint.family, self._rope, self._windows[index])
+
+    def head(self) -> "Head":
+        """Loads the final norm and the language-model head."""
+        self._release()
+        family = self.checkpoint.family
+        weight = self.checkpoint.read(family.final_norm, self.dtype).to(self.device)
+        norm = self._skeleton.model.norm
+        norm.load_state_dict({"weight": weight}, assign=True)
+        return Head(norm.requires_grad_(False), self.checkpoint.read(family.head, self.dtype).to(self.device))
+
+    def _release(self) -> None:
+        if (index := getattr(self, "_loaded", None)) is not None:
+            self._skeleton.model.layers[index].to("meta")
+            self._loaded = None
+
+
+class Head:
+    """Final norm and language-model head."""
+
+    def __init__(self, norm: nn.Module, weight: Tensor) -> None:
+        self._norm, self._weight = norm, weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Returns fp32 logits ``[..., vocabulary]`` of the last layer's output ``[..., hidden]``."""
+        return F.linear(self._norm(x), self._weight).float()

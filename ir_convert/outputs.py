@@ -1,0 +1,113 @@
+"""Where results go: checked before any work, written whole or not at all."""
+
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from .checkpoint import TOKENIZER_FILES, Checkpoint
+from .errors import UserError
+
+FOREIGN = {".gguf", ".bin", ".pt", ".pth", ".ckpt", ".mlmodel", ".engine", ".json"}
+
+
+@dataclass(frozen=True)
+class Output:
+    """One thing that the user asked for.
+
+    Attributes:
+        path: what the user named.
+        kind: ``onnx`` (a model file and what runtimes need beside it), ``hf`` (a checkpoint folder) or ``routing``
+            (the routing file alone).
+    """
+
+    path: Path
+    kind: str
+
+    @classmethod
+    def parse(cls, path: Path) -> "Output":
+        """Tells the kind from the name: ``*.onnx``, ``*.safetensors``, else a folder."""
+        if path.suffix in FOREIGN:
+            raise UserError(f"output '{path}' is of no known kind: name a .onnx file, a .safetensors file or a folder")
+        return cls(path, {".onnx": "onnx", ".safetensors": "routing"}.get(path.suffix, "hf"))
+
+    def files(self, checkpoint: Checkpoint) -> list[Path]:
+        """Returns what the output puts beside other files of the user's; a folder is one thing."""
+        if self.kind != "onnx":
+            return [self.path]
+        beside = ["config.json", *(file.name for file in checkpoint.files(("generation_config.json", *TOKENIZER_FILES)))]
+        names = [*beside, f"{self.path.stem}.routing.safetensors", f"{self.path.name}.data", self.path.name]
+        return [self.path.parent / name for name in names]
+
+    def write(self, fill: Callable[[Path], None]) -> int:
+        """Has ``fill`` write into a temporary folder beside the output, then moves the result into place.
+
+        Returns:
+            The size in bytes.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.parent / f".{self.path.name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)  # what an interrupted run left
+        partial.mkdir()
+        try:
+            fill(partial)
+            size = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
+            if self.kind == "hf":
+                if self.path.exists():
+                    shutil.rmtree(self.path)
+                partial.rename(self.path)
+            else:
+                # The file that the user named comes last: where it is, the others are.
+                for file in sorted(partial.iterdir(), key=lambda file: file.name == self.path.name):
+                    file.replace(self.path.parent / file.name)
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror or error}") from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        return size
+
+
+def check_outputs(
+    outputs: list[Output], checkpoint: Checkpoint, overwrite: bool, bytes_needed: Callable[[Output], int]
+) -> None:
+    """Refuses, before any work, outputs that would destroy something or cannot be written.
+
+    Raises:
+        UserError: something exists and ``overwrite`` is not set, two outputs collide, an output lies in the base model's
+            folder, a folder to overwrite is not a checkpoint, or the disk is too full.
+    """
+    taken: dict[Path, Path] = {}
+    for output in outputs:
+        _check_place(output, checkpoint.path.resolve())
+        for file in output.files(checkpoint):
+            if (other := taken.setdefault(file.resolve(), output.path)) != output.path or outputs.count(output) > 1:
+                raise UserError(f"outputs '{other}' and '{output.path}' would both write {file}: name different folders")
+            if file.exists() and not overwrite:
+                raise UserError(f"{file} exists: name another output, or give --overwrite")
+        if output.kind == "hf" and output.path.exists():
+            is_checkpoint = output.path.is_dir() and (
+                (output.path / "config.json").is_file() or not any(output.path.iterdir())
+            )
+            if not is_checkpoint:
+                raise UserError(f"{output.path} is not a checkpoint folder; it is not overwritten: name another output")
+    _check_space(outputs, bytes_needed)
+
+
+def _check_place(output: Output, model: Path) -> None:
+    path = output.path.resolve()
+    if path == model or model in path.parents or path in model.parents:
+        raise UserError(f"output '{output.path}' and the base model's folder {model} lie in each other: name another place")
+    if output.kind != "hf" and path.is_dir():
+        raise UserError(f"output '{output.path}' is a folder, a file was expected")
+
+
+def _check_space(outputs: Iterable[Output], bytes_needed: Callable[[Output], int]) -> None:
+    by_disk: dict[int, tuple[int, Path]] = {}
+    for output in outputs:
+        folder = next(parent for parent in output.path.resolve().parents if parent.exists())
+        needed, _ = by_disk.get(folder.stat().st_dev, (0, folder))
+        by_disk[folder.stat().st_dev] = needed + bytes_needed(output), folder
+    for needed, folder in by_disk.values():
+        free = shutil.disk_usage(folder).free
+        if free < needed * 1.02:
+            raise UserError(f"{folder} has {free / 1e9:.1f} GB free; the outputs need about {needed / 1e9:.1f} GB")

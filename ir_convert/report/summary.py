@@ -1,0 +1,29 @@
+"""The short table at the end of a conversion."""
+
+from rich.table import Table
+
+from ..convert import Conversion
+
+
+def summary(conversion: Conversion) -> Table:
+    """Returns the table: quality, sparsity, sizes, time."""
+    metadata = conversion.routing.metadata
+    test = metadata["test"]
+    table = Table(title=f"{metadata['base_model']} routed", show_header=True, title_justify="left")
+    table.add_column("on held-out text")
+    for name in ("dense", "routed"):
+        table.add_column(name, justify="right")
+    table.add_row("perplexity (per token)", f"{test['perplexity_dense']:.2f}", f"{test['perplexity']:.2f}")
+    table.add_row("same most likely token", "", f"{test['agreement']:.1%}")
+    table.add_row("FLOPs saved, asked", "", f"{test['asked']:.1%}")
+    table.add_row("FLOPs saved, achieved", "", f"{test['sparsity']:.1%}")
+    table.add_row("decisions approximated", "", f"{test['decisions']:.1%}")
+    table.add_section()
+    for path, size in conversion.sizes.items():
+        table.add_row(f"wrote {path}", "", _size(size))
+    table.add_row("time", "", f"{conversion.seconds:.0f} s")
+    return table
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -1,0 +1,128 @@
+"""Opening a base model: sharded, tied either way, damaged, hostile."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from models import save_random
+from safetensors.torch import load_file, save_file
+
+from ir_convert.checkpoint import Checkpoint
+from ir_convert.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_random("llama", tmp_path / "model", max_shard_size="60KB")
+    return tmp_path / "model"
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_sharded_and_single_read_the_same(folder, tmp_path):
+    save_random("llama", tmp_path / "single")
+    sharded, single = Checkpoint.open(str(folder)), Checkpoint.open(str(tmp_path / "single"))
+    assert len(set(sharded.shards.values())) > 2
+    for layer in range(3):
+        one, other = sharded.read_layer(layer), single.read_layer(layer)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_tied_weights_by_either_name(tmp_path):
+    save_random("llama", tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(path)
+    embedding = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors | {"lm_head.weight": embedding}, path, metadata={"format": "pt"})
+    checkpoint = Checkpoint.open(str(tmp_path / "model"))
+    assert torch.equal(checkpoint.read("model.embed_tokens.weight"), embedding)
+    assert torch.equal(checkpoint.read("lm_head.weight"), embedding)
+
+
+def test_weights_hash_follows_the_weights(folder, tmp_path):
+    save_random("llama", tmp_path / "other", seed=1, max_shard_size="60KB")
+    same = shutil.copytree(folder, tmp_path / "same")
+    hashes = [Checkpoint.open(str(path)).weights_sha256 for path in (folder, same, tmp_path / "other")]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def remove_config(folder):
+    (folder / "config.json").unlink()
+
+
+def break_config(folder):
+    (folder / "config.json").write_text("{")
+
+
+def make_unknown(folder):
+    edit(folder / "config.json", model_type="gpt_neox", architectures=["GPTNeoXForCausalLM"])
+
+
+def make_remote(folder):
+    edit(folder / "config.json", model_type="custom", auto_map={"AutoConfig": "configuration_custom.CustomConfig"})
+
+
+def other_activation(folder):
+    edit(folder / "config.json", hidden_act="gelu")
+
+
+def truncate_shard(folder):
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-100])
+
+
+def remove_shard(folder):
+    sorted(folder.glob("*.safetensors"))[1].unlink()
+
+
+def escape_folder(folder):
+    index = folder / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    edit(index, weight_map=weight_map | {"model.norm.weight": "../elsewhere.safetensors"})
+
+
+def wrong_width(folder):
+    edit(folder / "config.json", intermediate_size=81)
+
+
+def remove_weights(folder):
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (remove_config, "has no config.json"),
+        (break_config, "is not valid JSON"),
+        (make_unknown, "family 'gpt_neox' is not known; known families: llama, mistral, qwen2, qwen3"),
+        (make_remote, "needs code of its own"),
+        (other_activation, "activation 'gelu'"),
+        (truncate_shard, "is damaged.*download it again"),
+        (remove_shard, "lacks the weight file"),
+        (escape_folder, r"names a file outside its folder: '\.\./elsewhere"),
+        (wrong_width, r"up_proj.weight' is \[80, 48\]; config.json says \[81, 48\]"),
+        (remove_weights, "has no 'model.safetensors'"),
+    ],
+)
+def test_one_clear_line(damage, message, folder):
+    damage(folder)
+    with pytest.raises(UserError, match=message) as caught:
+        Checkpoint.open(str(folder))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["./absent", "/absent/model", "a/b/c"])
+def test_missing_folder(name):
+    with pytest.raises(UserError, match="does not exist"):
+        Checkpoint.open(name)
+
+
+def test_unreachable_hub(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="neither a local folder nor a model that can be fetched"):
+        Checkpoint.open("nobody/nothing")
