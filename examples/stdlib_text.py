@@ -54,5 +54,4 @@ def _bucket(name: str, buckets: int) -> int:
 if __name__ == "__main__":
     if len(sys.argv) != 2 or sys.argv[1] not in PARTS:
         sys.exit(f"usage: python {sys.argv[0]} {'|'.join(PARTS)} > FILE")
-    sys.stdout.reconfigure(encoding="utf-8")
-    sys.stdout.write("\n\n".join(topics(sys.argv[1])))
+    sys.stdout.buffer.write("\n\n".join(topics(sys.argv[1])).encode())

@@ -73,7 +73,6 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         num_attention_heads=6,
         num_key_value_heads=2,
         max_position_embeddings=2048,
-        rope_theta=10000.0,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -155,6 +154,10 @@ def main() -> None:
     model.config.dtype = torch.bfloat16
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
+    # transformers 4 does not know the class name that 5 writes; both know the older one.
+    settings = json.loads((args.out / "tokenizer_config.json").read_text())
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (args.out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     card = CARD.format(
         parameters=model.num_parameters() / 1e6,
         layers=model.config.num_hidden_layers,

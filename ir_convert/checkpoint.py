@@ -74,7 +74,7 @@ class Checkpoint:
         """The model's tokenizer."""
         try:
             return AutoTokenizer.from_pretrained(self.path)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, AttributeError) as error:  # transformers 4 lets an AttributeError through
             raise UserError(f"{self.name} has no tokenizer that loads: {_one_line(error)}") from error
 
     @property

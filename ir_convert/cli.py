@@ -14,15 +14,38 @@ FILE = click.Path(path_type=Path)
 
 @click.command("ir-convert", epilog="Run what came out: ir-convert generate ARTIFACT PROMPT (--help for its options).")
 @click.argument("model")
-@click.option("--out", required=True, multiple=True, type=FILE, help="NAME.onnx, NAME.safetensors (routing file), or a folder (Hugging Face checkpoint). May be repeated.")
-@click.option("--sparsity", type=float, help="Share of the layers' FLOPs to save, in [0, 1).  [default: 0.4, or the routing file's]")
-@click.option("--calibration", type=FILE, metavar="FILE", help="Text like what the model will serve.  [default: Python's documentation topics]")
-@click.option("--routing", type=FILE, metavar="FILE", help="Use an earlier conversion's routing file instead of calibrating.")
+@click.option(
+    "--out",
+    required=True,
+    multiple=True,
+    type=FILE,
+    help="NAME.onnx, NAME.safetensors (routing file), or a folder (Hugging Face checkpoint). May be repeated.",
+)
+@click.option(
+    "--sparsity",
+    type=float,
+    help="Share of the layers' FLOPs to save, in [0, 1).  [default: 0.4, or the routing file's]",
+)
+@click.option(
+    "--calibration",
+    type=FILE,
+    metavar="FILE",
+    help="Text like what the model will serve.  [default: Python's documentation topics]",
+)
+@click.option(
+    "--routing", type=FILE, metavar="FILE", help="Use an earlier conversion's routing file instead of calibrating."
+)
 @click.option("--tokens", type=click.IntRange(1), default=65536, show_default=True, help="Calibration tokens, at most.")
 @click.option("--rank", type=click.IntRange(0), help="Rank of the forecasters; 0 for none.  [default: by width]")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, ...")
-@click.option("--dtype", type=click.Choice(["auto", "float32", "float16", "bfloat16"]), default="auto", show_default=True, help="Precision of what is written; auto: float32 in ONNX, the base model's in a checkpoint.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "float16", "bfloat16"]),
+    default="auto",
+    show_default=True,
+    help="Precision of what is written; auto: float32 in ONNX, the base model's in a checkpoint.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace outputs that exist.")
 @click.version_option(__version__)
 def convert(model: str, out: tuple[Path, ...], **options: object) -> None:
@@ -52,7 +75,9 @@ def generate(artifact: Path, prompt: str, **options: object) -> None:
     """Continue PROMPT with ARTIFACT, an .onnx file or a checkpoint folder that ir-convert wrote."""
     from .generate import generate as stream
 
-    for text in stream(artifact, prompt, **options):  # type: ignore[arg-type]
+    pieces = stream(artifact, prompt, **options)  # type: ignore[arg-type]
+    click.echo(prompt, nl=False)
+    for text in pieces:
         click.echo(text, nl=False)
     click.echo()
 

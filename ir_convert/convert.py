@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -91,12 +92,12 @@ def convert(
     for output in outputs:
         layers = checkpoint.config.num_hidden_layers
         with report.stage(f"write {output.path.name}", layers) as advance:
-            sizes[output.path] = output.write(lambda folder: _fill(folder, output, checkpoint, learned, dtype, advance))
+            sizes[output.path] = output.write(partial(_fill, output, checkpoint, learned, dtype, advance))
     return Conversion(learned, sizes, time.monotonic() - start)
 
 
 def _fill(
-    folder: Path, output: Output, checkpoint: Checkpoint, routing: Routing, dtype: str, advance: Callable[[], None]
+    output: Output, checkpoint: Checkpoint, routing: Routing, dtype: str, advance: Callable[[], None], folder: Path
 ) -> None:
     if output.kind == "routing":
         routing.save(folder / output.path.name)

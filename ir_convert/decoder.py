@@ -56,6 +56,7 @@ class Decoder:
         inner = self._skeleton.model
         self._rope = type(inner.rotary_emb)(config=self.config).to(device)
         self._windows = sliding_windows(self.config)
+        self._loaded: int | None = None
 
     def embed(self, ids: Tensor) -> Tensor:
         """Embeds tokens ``[batch, sequence]`` -> ``[batch, sequence, hidden]``, on the CPU."""
@@ -89,8 +90,8 @@ class Decoder:
         return Head(norm.requires_grad_(False), self.checkpoint.read(family.head, self.dtype).to(self.device))
 
     def _release(self) -> None:
-        if (index := getattr(self, "_loaded", None)) is not None:
-            self._skeleton.model.layers[index].to("meta")
+        if self._loaded is not None:
+            self._skeleton.model.layers[self._loaded].to("meta")
             self._loaded = None
 
 

@@ -1,11 +1,12 @@
 """Continues a prompt with either artifact."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from threading import Thread
-from typing import Any
 
+import numpy as np
 import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextIteratorStreamer
 
 from .errors import UserError
 
@@ -19,7 +20,7 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> Iterator[str]:
-    """Yields the prompt, then its continuation piece by piece.
+    """Yields the prompt's continuation piece by piece.
 
     Args:
         artifact: an ``.onnx`` file or a checkpoint folder that ir-convert wrote.
@@ -30,12 +31,75 @@ def generate(
         seed: of sampling.
 
     Raises:
-        UserError: the artifact is missing or not one of ours.
+        UserError: the artifact is missing or not one of ours, the prompt is empty, the sparsity is out of reach.
     """
     if not artifact.exists():
         raise UserError(f"artifact '{artifact}' does not exist: name an .onnx file or a checkpoint folder")
+    if not prompt:
+        raise UserError("the prompt is empty: give some text to continue")
     if sparsity is not None and not 0 <= sparsity < 1:
         raise UserError(f"sparsity {sparsity:g} is not in [0, 1): it is the share of FLOPs to save, e.g. 0.4")
-    run = _hugging_face if artifact.is_dir() else _onnx
-    yield prompt
-    yield from run(artifact, prompt, max_new_tokens, sparsity, temperature, seed)
+    if artifact.is_dir() and not any(artifact.glob("*.onnx")):
+        return _hugging_face(artifact, prompt, max_new_tokens, sparsity, temperature, seed)
+    return _onnx(artifact, prompt, max_new_tokens, sparsity, temperature, seed)
+
+
+def _onnx(
+    path: Path, prompt: str, max_new_tokens: int, sparsity: float | None, temperature: float, seed: int
+) -> Iterator[str]:
+    from .runtime import OnnxModel
+
+    model = OnnxModel.load(path, sparsity=sparsity)
+    ids = np.array([model.tokenizer(prompt)["input_ids"]])
+    steps = model.generate(ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    return _pieces(model.tokenizer, (int(step[0]) for step in steps))
+
+
+def _hugging_face(
+    folder: Path, prompt: str, max_new_tokens: int, sparsity: float | None, temperature: float, seed: int
+) -> Iterator[str]:
+    from .export import hf
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = hf.load(folder).to(device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if sparsity is not None:
+        try:
+            model.set_sparsity(sparsity)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **sampling)
+        except BaseException as error:
+            failures.append(error)
+            streamer.end()
+
+    def stream() -> Iterator[str]:
+        thread = Thread(target=run, daemon=True)
+        thread.start()
+        yield from streamer
+        thread.join()
+        if failures:
+            raise failures[0]
+
+    return stream()
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> Iterator[str]:
+    """Decodes a stream of tokens; a character that spans tokens waits until it is whole."""
+    seen: list[int] = []
+    shown = ""
+    for token in ids:
+        seen.append(token)
+        text = str(tokenizer.decode(seen, skip_special_tokens=True))
+        if not text.endswith("\ufffd"):
+            yield text[len(shown) :]
+            shown = text
+    yield str(tokenizer.decode(seen, skip_special_tokens=True))[len(shown) :]

@@ -35,7 +35,10 @@ class Output:
         """Returns what the output puts beside other files of the user's; a folder is one thing."""
         if self.kind != "onnx":
             return [self.path]
-        beside = ["config.json", *(file.name for file in checkpoint.files(("generation_config.json", *TOKENIZER_FILES)))]
+        beside = [
+            "config.json",
+            *(file.name for file in checkpoint.files(("generation_config.json", *TOKENIZER_FILES))),
+        ]
         names = [*beside, f"{self.path.stem}.routing.safetensors", f"{self.path.name}.data", self.path.name]
         return [self.path.parent / name for name in names]
 
@@ -81,7 +84,9 @@ def check_outputs(
         _check_place(output, checkpoint.path.resolve())
         for file in output.files(checkpoint):
             if (other := taken.setdefault(file.resolve(), output.path)) != output.path or outputs.count(output) > 1:
-                raise UserError(f"outputs '{other}' and '{output.path}' would both write {file}: name different folders")
+                raise UserError(
+                    f"outputs '{other}' and '{output.path}' would both write {file}: name different folders"
+                )
             if file.exists() and not overwrite:
                 raise UserError(f"{file} exists: name another output, or give --overwrite")
         if output.kind == "hf" and output.path.exists():
@@ -96,7 +101,9 @@ def check_outputs(
 def _check_place(output: Output, model: Path) -> None:
     path = output.path.resolve()
     if path == model or model in path.parents or path in model.parents:
-        raise UserError(f"output '{output.path}' and the base model's folder {model} lie in each other: name another place")
+        raise UserError(
+            f"output '{output.path}' and the base model's folder {model} lie in each other: name another place"
+        )
     if output.kind != "hf" and path.is_dir():
         raise UserError(f"output '{output.path}' is a folder, a file was expected")
 

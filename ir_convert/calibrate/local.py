@@ -14,7 +14,7 @@ from ..progress import Reporter, Silent
 from ..routing import Routing
 from .passes import fit_forecasters, fit_routers, refit_forecasters
 from .text import Blocks
-from .threshold import measure_curve
+from .threshold import Meter
 
 
 def default_rank(hidden: int) -> int:
@@ -50,22 +50,25 @@ def calibrate(
         report: shows progress.
 
     Raises:
-        UserError: the sparsity is out of reach, or the model gives a NaN or infinity.
+        UserError: the rank is too large, the sparsity out of reach, or the model gives a NaN or infinity.
     """
     config, report = checkpoint.config, report or Silent()
     rank = default_rank(config.hidden_size) if rank is None else rank
     router_width = router_width or default_router_width(config.hidden_size)
+    if rank > config.hidden_size:
+        raise UserError(f"rank {rank} is more than the model's width, {config.hidden_size}: give a smaller --rank")
     budget = Budget.of(config, rank, router_width)
-    check_reachable(budget, sparsity)
+    _check_reachable(budget, sparsity)
     decoder = Decoder(checkpoint, torch.device(device))
 
     forward = fit_forecasters(decoder, blocks.fit, rank, report)
     units, costs = fit_routers(decoder, forward, router_width, budget, seed, report)
     quantiles = {key: cost.scores for key, cost in costs.items()}
-    curve = measure_curve(decoder, units, budget, quantiles, blocks.threshold, sparsity, report)
+    meter = Meter(decoder, budget, quantiles, blocks.threshold, report)
     if rank and sparsity:
-        units = refit_forecasters(decoder, units, blocks.fit, curve.at(sparsity), rank, report)
-        curve = measure_curve(decoder, units, budget, quantiles, blocks.threshold, sparsity, report)
+        threshold = meter.near(units, sparsity)
+        units = refit_forecasters(decoder, units, blocks.fit, threshold, rank, report)
+    curve = meter.curve(units, sparsity)
 
     dense, routed = evaluate(decoder, units, budget, blocks.test, [curve.at(sparsity)], report)
     metadata = {
@@ -104,7 +107,7 @@ def calibrate(
     return Routing(units, curve, metadata)
 
 
-def check_reachable(budget: Budget, sparsity: float) -> None:
+def _check_reachable(budget: Budget, sparsity: float) -> None:
     """Raises UserError where not even approximating everything would save so much."""
     if sparsity > budget.reachable:
         raise UserError(

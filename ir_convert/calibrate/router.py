@@ -32,6 +32,7 @@ def fit_router(h: Tensor, cost: Tensor, width: int, share: float, seed: int) -> 
     scale = cost.mean().clamp(min=1e-30)
     cost = (cost / scale).clamp(min=FLOOR)
     mean, spread = h.mean(0), h.std(0).clamp(min=1e-6)
+    h = (h - mean) / spread
     w1 = torch.randn(width, hidden, generator=generator, device=h.device) / hidden**0.5
     parameters = [w1, torch.zeros(width, device=h.device), torch.zeros(1, width, device=h.device)]
     parameters.append(torch.zeros(1, device=h.device))
@@ -40,7 +41,7 @@ def fit_router(h: Tensor, cost: Tensor, width: int, share: float, seed: int) -> 
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=STEPS)
     for _ in range(STEPS):
         rows = torch.randint(tokens, (min(BATCH, tokens),), generator=generator, device=h.device)
-        z = router((h[rows] - mean) / spread)
+        z = router(h[rows])
         loss = (cost[rows] * torch.exp(-z) + z).mean()
         optimizer.zero_grad()
         loss.backward()

@@ -1,0 +1,94 @@
+"""A plain torch rendering of the method, and padded batches to hold an exported model against it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from ir_convert.routing import Routing
+from ir_convert.runtime import OnnxModel
+from ir_convert.units import merge
+
+
+@dataclass
+class Reference:
+    """Computes every unit for every token, then picks: unit(h) where score > threshold, forecast(h) elsewhere."""
+
+    model: nn.Module
+    routing: Routing
+    decisions: dict[tuple[int, str], Tensor]
+    margin: float = np.inf
+
+    def __call__(self, ids: Tensor, mask: Tensor, threshold: float) -> Tensor:
+        """Returns the logits; leaves the decisions, and the smallest distance of a score from the threshold."""
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        self.margin = np.inf
+        with self._routed(mask.bool(), threshold), torch.no_grad():
+            return self.model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+
+    @contextmanager
+    def _routed(self, real: Tensor, threshold: float) -> Iterator[None]:
+        hooks = []
+        for (layer, name), unit in self.routing.units.items():
+            module = self.model.model.layers[layer]
+            module = module.self_attn if name == "attention" else module.mlp
+
+            def hook(
+                _: nn.Module, args: Any, kwargs: Any, output: Any, key: Any = (layer, name), unit: Any = unit
+            ) -> Any:
+                h = args[0] if args else kwargs["hidden_states"]
+                score = unit.router(h)
+                self.margin = min(self.margin, (score - threshold)[real].abs().min().item())
+                self.decisions[key] = unit.execute(h, threshold) & real
+                dense = output[0] if isinstance(output, tuple) else output
+                routed = merge(self.decisions[key], dense, unit.forecaster(h))
+                return (routed, *output[1:]) if isinstance(output, tuple) else routed
+
+            hooks.append(module.register_forward_hook(hook, with_kwargs=True))
+        yield
+        for hook_handle in hooks:
+            hook_handle.remove()
+
+
+@dataclass
+class Batch:
+    """Padded texts.
+
+    Attributes:
+        ids, mask: ``[B, S]``.
+        pieces: lengths that add up to S, for a prompt fed piece by piece.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    pieces: list[int]
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> Batch:
+    batch, length = draw(st.integers(1, 3)), draw(st.integers(1, 12))
+    mask = torch.ones(batch, length, dtype=torch.long)
+    left = draw(st.booleans())
+    for row in range(batch):
+        padding = draw(st.integers(0, length - 1))
+        mask[row, slice(0, padding) if left else slice(length - padding, None)] = 0
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    ids = torch.randint(3, 131, (batch, length), generator=generator)
+    cuts = sorted(draw(st.sets(st.integers(1, length - 1), max_size=4))) if length > 1 else []
+    pieces = [end - start for start, end in zip([0, *cuts], [*cuts, length], strict=True)]
+    return Batch(ids, mask, pieces)
+
+
+def run_pieces(model: OnnxModel, batch: Batch) -> Tensor:
+    """Feeds a batch piece by piece, and returns all logits."""
+    logits, cache, end = [], None, 0
+    for piece in batch.pieces:
+        start, end = end, end + piece
+        piece_logits, cache = model.forward(batch.ids[:, start:end], batch.mask[:, :end], past=cache)
+        logits.append(torch.from_numpy(piece_logits))
+    return torch.cat(logits, 1)

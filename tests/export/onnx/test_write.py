@@ -1,0 +1,206 @@
+"""What lies in the folder afterwards, and what is refused."""
+
+import json
+import math
+import weakref
+from dataclasses import replace
+
+import onnx
+import pytest
+import torch
+from ir_convert.export.onnx import write
+from ir_convert.export.onnx.positions import frequencies
+from models import CONFIGS, random_routing, save_random
+from onnx_reference import Batch, Reference, run_pieces
+from transformers import AutoConfig
+
+import ir_convert
+from ir_convert.checkpoint import Checkpoint
+from ir_convert.errors import UserError
+from ir_convert.routing import Routing
+from ir_convert.runtime import OnnxModel
+from ir_convert.units import Forecaster, Router
+
+
+def batch_of(length: int = 12) -> Batch:
+    ids = torch.randint(3, 131, (2, length), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    return Batch(ids, mask, [length])
+
+
+def test_folder(exported, random_model):
+    model, _ = exported
+    folder, (name, _, checkpoint, routing) = model.path.parent, random_model
+    names = {
+        "ir-tiny.onnx",
+        "ir-tiny.onnx.data",
+        "ir-tiny.routing.safetensors",
+        "config.json",
+        "generation_config.json",
+    }
+    assert {path.name for path in folder.iterdir()} == names
+    assert AutoConfig.from_pretrained(folder).model_type == CONFIGS[name].model_type
+    assert Routing.load(folder / "ir-tiny.routing.safetensors").curve == routing.curve
+    onnx.checker.check_model(model.path, full_check=True)
+
+    proto = onnx.load(model.path, load_external_data=False)
+    assert {entry.domain: entry.version for entry in proto.opset_import} == {"": 23, "ir": 1}
+    external = [tensor for tensor in proto.graph.initializer if tensor.external_data]
+    assert external
+    for tensor in external:
+        where = {entry.key: entry.value for entry in tensor.external_data}
+        assert where["location"] == "ir-tiny.onnx.data"
+    assert model.path.stat().st_size < 200_000
+    layer = [node.op_type for node in proto.graph.node if node.name.startswith("layers.1.attention/")]
+    assert layer.count("RoutedAttention") == 1
+    assert "layers.1.attention.execute" in {output for node in proto.graph.node for output in node.output}
+
+    said = model.metadata
+    assert said["version"] == ir_convert.__version__
+    assert said["base_model"] == checkpoint.name
+    assert said["sparsity_curve"] == {"sparsity": routing.curve.sparsity, "threshold": routing.curve.threshold}
+    assert (said["sparsity"], said["threshold"]) == (0.4, routing.threshold)
+
+
+def test_tied_weights_are_stored_once(exported):
+    model, reference = exported
+    config = reference.model.config
+    proto = onnx.load(model.path, load_external_data=False)
+    vocabulary = [tensor.name for tensor in proto.graph.initializer if config.vocab_size in tensor.dims]
+    assert len(vocabulary) == (1 if config.tie_word_embeddings else 2)
+
+
+def test_reads_one_tensor_at_a_time(random_model, tmp_path, monkeypatch):
+    _, _, checkpoint, routing = random_model
+    alive: dict[str, weakref.ref] = {}
+    read, large, progress = checkpoint.read, [], []
+
+    def spy(self: Checkpoint, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        assert not any(tensor() is not None for tensor in alive.values())
+        tensor = read(name, dtype)
+        alive[name] = weakref.ref(tensor)
+        large.extend([name] if tensor.nbytes >= 1024 else [])
+        return tensor
+
+    monkeypatch.setattr(Checkpoint, "read", spy)
+    write(checkpoint, routing, tmp_path, "m.onnx", on_progress=lambda done, total: progress.append((done, total)))
+    assert len(large) == len(set(large))
+    assert progress[-1][0] == progress[-1][1] == len(progress)
+
+
+def test_sharded_source_is_the_same(tmp_path):
+    data = []
+    for folder, size in (("whole", "5GB"), ("sharded", "60KB")):
+        save_random("llama-bias", tmp_path / folder, max_shard_size=size)
+        checkpoint = Checkpoint.open(str(tmp_path / folder))
+        out = tmp_path / f"{folder}-onnx"
+        out.mkdir()
+        write(checkpoint, random_routing(checkpoint), out, "m.onnx")
+        data.append((out / "m.onnx.data").read_bytes())
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    assert data[0] == data[1]
+
+
+def test_units_differ_in_rank_and_width(random_model, tmp_path):
+    """Rank 0 forecasts the bias alone."""
+    _, model, checkpoint, routing = random_model
+    d = checkpoint.config.hidden_size
+    units = dict(routing.units)
+    for (key, unit), rank in zip(routing.units.items(), [0, 1, 5, 0, 7, 2], strict=True):
+        forecaster = Forecaster(torch.randn(rank, d) * 0.1, torch.randn(d, rank) * 0.3, torch.randn(d) * 0.1)
+        width = rank + 1
+        router = Router(torch.randn(width, d) * 0.2, torch.randn(width), torch.randn(1, width), torch.randn(1))
+        units[key] = replace(unit, forecaster=forecaster, router=router)
+    routing = replace(routing, units=units)
+    write(checkpoint, routing, tmp_path, "m.onnx")
+    batch, reference = batch_of(), Reference(model, routing, {})
+    for threshold in (-0.1, math.inf):
+        expected = reference(batch.ids, batch.mask, threshold)
+        got = run_pieces(OnnxModel.load(tmp_path, threads=1, threshold=threshold), batch)
+        real = batch.mask.bool()
+        torch.testing.assert_close(got[real], expected[real], atol=1e-4, rtol=0)
+
+
+def test_float16(random_model, tmp_path):
+    _, model, checkpoint, routing = random_model
+    write(checkpoint, routing, tmp_path, "m.onnx", dtype=torch.float16)
+    onnx.checker.check_model(tmp_path / "m.onnx", full_check=True)
+    batch, reference = batch_of(), Reference(model, routing, {})
+    half = OnnxModel.load(tmp_path, threads=1)
+    real = batch.mask.bool()
+    for threshold in (-math.inf, math.inf):  # between them, rounding may flip a decision
+        half.threshold = threshold
+        got, expected = run_pieces(half, batch), reference(batch.ids, batch.mask, threshold)
+        assert got.dtype == torch.float16
+        assert (got.float() - expected)[real].abs().max() < 0.02 * expected.abs().max()
+    half.set_sparsity(0.3)
+    assert torch.isfinite(run_pieces(half, batch)).all()
+
+
+SCALED = {
+    "linear": {"rope_type": "linear", "factor": 2.0},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+}
+
+
+def scaled_checkpoint(path, scaling: dict) -> tuple[torch.nn.Module, Checkpoint]:
+    """A checkpoint whose config.json asks for another rotary embedding, as older and newer transformers write it."""
+    save_random("llama", path)
+    config = json.loads((path / "config.json").read_text())
+    config.pop("rope_parameters", None)
+    config |= {"rope_theta": 10000.0, "rope_scaling": scaling}
+    (path / "config.json").write_text(json.dumps(config))
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval(), Checkpoint.open(str(path))
+
+
+@pytest.mark.parametrize("kind", SCALED)
+def test_scaled_rotary_embeddings(tmp_path, kind):
+    model, checkpoint = scaled_checkpoint(tmp_path / "base", SCALED[kind])
+    assert (frequencies(checkpoint.config)[1] != 1) == (kind == "yarn")
+    out = tmp_path / "onnx"
+    out.mkdir()
+    routing = random_routing(checkpoint)
+    write(checkpoint, routing, out, "m.onnx")
+    batch = batch_of(40)
+    expected = Reference(model, routing, {})(batch.ids, batch.mask, -math.inf)
+    got = run_pieces(OnnxModel.load(out, threads=1, threshold=-math.inf), batch)
+    real = batch.mask.bool()
+    torch.testing.assert_close(got[real], expected[real], atol=1e-4, rtol=0)
+
+
+def test_refuses_length_dependent_rotary_embeddings(tmp_path):
+    _, checkpoint = scaled_checkpoint(tmp_path / "base", {"rope_type": "dynamic", "factor": 2.0})
+    with pytest.raises(UserError, match="'dynamic'"):
+        frequencies(checkpoint.config)
+
+
+def test_refusals(random_model, tmp_path):
+    _, _, checkpoint, routing = random_model
+    with pytest.raises(UserError, match="bfloat16"):
+        write(checkpoint, routing, tmp_path, "m.onnx", dtype=torch.bfloat16)
+    short = replace(routing, units={key: unit for key, unit in routing.units.items() if key[0] < 2})
+    with pytest.raises(UserError, match="2 layers"):
+        write(checkpoint, short, tmp_path, "m.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_refuses_weights_that_overflow(tmp_path):
+    model = save_random("qwen2", tmp_path / "base")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = 1e6
+    model.save_pretrained(tmp_path / "base")
+    checkpoint = Checkpoint.open(str(tmp_path / "base"))
+    out = tmp_path / "onnx"
+    out.mkdir()
+    with pytest.raises(UserError, match=r"model.layers.1.mlp.up_proj.weight.*float16"):
+        write(checkpoint, random_routing(checkpoint), out, "m.onnx", dtype=torch.float16)

@@ -1,0 +1,170 @@
+"""PyTorch, Hugging Face and ONNX Runtime are one model: same decisions, same logits, same text; on the trained model."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from trained import Converted
+
+from ir_convert.evaluate import logits as torch_logits
+from ir_convert.families import UNITS
+from ir_convert.runtime import OnnxModel
+from ir_convert.units import merge
+
+TIE = 1e-5
+NEW = 64
+SPARSITIES = (0.25, 0.5)
+
+
+@pytest.fixture(scope="module")
+def ort_model(converted: Converted) -> OnnxModel:
+    return OnnxModel.load(converted.onnx)
+
+
+@pytest.fixture(scope="module")
+def ids(converted: Converted) -> torch.Tensor:
+    return converted.unseen[:6, :200]
+
+
+def at(converted: Converted, ort_model: OnnxModel, sparsity: float) -> float:
+    """Sets both artifacts' dials; returns the threshold."""
+    converted.routed.set_sparsity(sparsity)
+    ort_model.set_sparsity(sparsity)
+    threshold = converted.routing.curve.at(sparsity)
+    assert ort_model.threshold == threshold
+    assert converted.routed.config.routing_threshold == (threshold if sparsity else "-inf")
+    return threshold
+
+
+def test_dense_threshold_is_the_base_model(converted, ort_model, ids):
+    at(converted, ort_model, 0)
+    with torch.no_grad():
+        base = converted.base(ids).logits
+        hf = converted.routed(ids).logits
+    in_torch = torch_logits(converted.decoder, converted.routing.units, ids, -math.inf)
+    in_ort = torch.from_numpy(ort_model.logits(ids.numpy()))
+    for name, logits in {"torch": in_torch, "hf": hf, "ort": in_ort}.items():
+        assert (logits - base).abs().max() < 1e-4, name
+
+
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+def test_same_decisions_and_logits(sparsity, converted, ort_model, ids):
+    threshold = at(converted, ort_model, sparsity)
+    scores, in_torch = run_torch(converted, ids, threshold)
+    execute = scores > threshold
+    assert 0.1 < execute.float().mean() < 0.9  # routing does decide
+    tied = ((scores - threshold).abs() < TIE).any(dim=(0, 2))  # sequences in which some decision hangs by a hair
+    assert tied.float().mean() < 0.5
+    for name, run in {"hf": run_hf, "ort": run_ort}.items():
+        decisions, logits = run(converted, ids, threshold)
+        assert torch.equal(decisions[:, ~tied], execute[:, ~tied]), name
+        assert (logits - in_torch)[~tied].abs().max() < 1e-4, name
+
+
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+def test_same_greedy_text_with_and_without_cache(sparsity, converted, ort_model):
+    """64 tokens, from prompts of different lengths, batched with left padding and one by one."""
+    threshold = at(converted, ort_model, sparsity)
+    rows = [converted.unseen[row, :length] for row, length in ((0, 40), (3, 23), (5, 9))]
+    width = max(map(len, rows))
+    batch = torch.stack([torch.nn.functional.pad(row, (width - len(row), 0)) for row in rows])
+    mask = torch.stack([(torch.arange(width) >= width - len(row)).long() for row in rows])
+
+    options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
+    hf = converted.routed
+    batched = hf.generate(batch, attention_mask=mask, **options)[:, width:]
+    ort = np.stack(list(ort_model.generate(batch.numpy(), mask.numpy(), max_new_tokens=NEW, eos_ids=())), 1)
+    for index, row in enumerate(rows):
+        cached = hf.generate(row[None], **options)[0, len(row) :]
+        uncached = hf.generate(row[None], use_cache=False, **options)[0, len(row) :]
+        assert torch.equal(cached, uncached)
+        assert torch.equal(cached, batched[index])
+        assert cached.tolist() == ort[index].tolist()
+        alone = ort_model.generate(row[None].numpy(), max_new_tokens=NEW, eos_ids=())
+        assert cached.tolist() == [int(step[0]) for step in alone]
+        assert cached.tolist() == greedy(lambda ids: run_torch(converted, ids, threshold)[1], row)
+        assert cached.tolist() == greedy(lambda ids: torch.from_numpy(ort_model.logits(ids.numpy())), row)
+
+
+def test_work_is_skipped_inside_onnx_runtime(converted, ort_model, ids, tmp_path):
+    """Counts the rows that entered each matrix product, from ONNX Runtime's own profile."""
+    threshold = at(converted, ort_model, 0.5)
+    options = ort.SessionOptions()
+    options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
+    profiled = OnnxModel.load(converted.onnx, sparsity=0.5, options=options)
+    profiled.logits(ids.numpy())
+    events = json.loads(Path(profiled.session.end_profiling()).read_text())
+    config, rows = converted.checkpoint.config, Counter()
+    for event in events:
+        if event.get("args", {}).get("op_name") in ("MatMul", "FusedMatMul", "Gemm"):
+            (given, weight) = (next(iter(shape.values())) for shape in event["args"]["input_type_shape"][:2])
+            rows[tuple(weight)] += math.prod(given[:-1])
+    execute = run_torch(converted, ids, threshold)[0] > threshold
+    attention, mlp = execute[0::2].sum().item(), execute[1::2].sum().item()
+    d, f = config.hidden_size, config.intermediate_size
+    slack = 4  # decisions that hang by a hair
+    assert abs(rows[d, f] - 2 * mlp) <= 2 * slack  # gate and up
+    assert abs(rows[f, d] - mlp) <= slack  # down
+    assert abs(rows[d, d] - 2 * attention) <= 2 * slack  # q and o
+    assert rows[d, 2 * config.head_dim] == 2 * config.num_hidden_layers * ids.numel()  # k and v: every token
+
+
+def run_torch(converted: Converted, ids: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns scores ``[units, batch, sequence]`` and logits of the routed model as calibration runs it."""
+    scores, x = [], converted.decoder.embed(ids)
+    with torch.no_grad():
+        for index, layer in converted.decoder.layers():
+            for unit in UNITS:
+                routed = converted.routing.units[index, unit]
+                h = layer.norm(unit, x)
+                scores.append(routed.router(h))
+                x = x + merge(scores[-1] > threshold, layer.run(unit, h), routed.forecaster(h))
+        return torch.stack(scores), converted.decoder.head()(x)
+
+
+def run_hf(converted: Converted, ids: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns decisions ``[units, batch, sequence]`` and logits of the checkpoint."""
+    decisions: list[torch.Tensor] = []
+    routers = [module for name, module in converted.routed.named_modules() if name.endswith(".router")]
+    hooks = [
+        router.register_forward_hook(lambda module, args, score: decisions.append(score > threshold))
+        for router in routers
+    ]
+    with torch.no_grad():
+        logits = converted.routed(ids).logits
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(decisions), logits
+
+
+def run_ort(converted: Converted, ids: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns decisions ``[units, batch, sequence]`` and logits of the ONNX model, its decisions made outputs."""
+    proto = onnx.load(converted.onnx, load_external_data=False)
+    names = [
+        f"layers.{layer}.{unit}.execute"
+        for layer in range(converted.checkpoint.config.num_hidden_layers)
+        for unit in UNITS
+    ]
+    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    watched = converted.onnx.with_name("watched.onnx")
+    onnx.save(proto, watched)
+    model = OnnxModel.load(watched, threshold=threshold)
+    logits, rest = model.forward(ids.numpy())
+    decisions = rest[-len(names) :]
+    watched.unlink()
+    return torch.from_numpy(np.stack(decisions)), torch.from_numpy(logits)
+
+
+def greedy(logits: Callable[[torch.Tensor], torch.Tensor], row: torch.Tensor) -> list[int]:
+    """Continues without a cache: every step runs the whole text again."""
+    ids = row[None]
+    for _ in range(NEW):
+        ids = torch.cat([ids, logits(ids)[:, -1:].argmax(-1)], 1)
+    return ids[0, len(row) :].tolist()

@@ -1,0 +1,161 @@
+"""The command line: what it prints, and one clear line with exit code 2 for everything a user can put right."""
+
+import subprocess
+import sys
+
+import pytest
+from models import save_random
+
+from ir_convert import cli
+from ir_convert.checkpoint import Checkpoint
+from ir_convert.routing import Routing
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs the command in this process; returns (exit code, stdout, stderr)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["ir-convert", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as done:
+            code = done.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    path = tmp_path_factory.mktemp("base") / "model"
+    save_random("llama", path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{base}"], "Missing option '--out'"),
+        (["--out", "{out}"], "Missing argument 'MODEL'"),
+        (["{base}", "--out", "{out}", "--sparsity", "1"], r"sparsity 1 is not in [0, 1)"),
+        (["{base}", "--out", "{out}", "--sparsity", "-0.1"], "sparsity -0.1 is not in [0, 1)"),
+        (["{base}", "--out", "{out}", "--sparsity", "nan"], "sparsity nan is not in [0, 1)"),
+        (["{base}", "--out", "{out}", "--sparsity", "much"], "'much' is not a valid float"),
+        (["{base}", "--out", "{out}", "--tokens", "0"], "0 is not in the range x>=1"),
+        (["{base}", "--out", "{out}", "--nonsense"], "No such option '--nonsense'"),
+        (["{base}", "--out", "{out}", "--device", "toaster"], "device 'toaster' cannot be used here"),
+        (["./absent", "--out", "{out}"], "model folder './absent' does not exist"),
+        (["{base}", "--out", "{out}.gguf"], "is of no known kind"),
+        (["{base}", "--out", "{base}"], "lie in each other"),
+        (["{base}", "--out", "{out}", "--calibration", "absent.txt"], "no tokenizer that loads"),
+        (["{base}", "--out", "{out}", "--routing", "absent.safetensors"], "cannot read the routing file"),
+        (["{trained}", "--out", "{out}", "--calibration", "absent.txt"], "absent.txt: No such file"),
+        (["{trained}", "--out", "{out}", "--calibration", "{empty}"], "is empty"),
+        (["{trained}", "--out", "{out}", "--sparsity", "0.95"], "sparsity 0.95 is out of reach for this model"),
+        (["{trained}", "--out", "{out}", "--rank", "500"], "rank 500 is more than"),
+        (["generate", "absent.onnx", "hello"], "artifact 'absent.onnx' does not exist"),
+        (["generate", "{base}", "hello"], "not an informed-routing checkpoint"),
+        (["generate", "{empty}", "hello"], "not written by ir-convert"),
+        (["generate", "{base}", ""], "the prompt is empty"),
+    ],
+)
+def test_one_clear_line_and_nothing_written(arguments, message, run, base, tmp_path):
+    from trained import TINY
+
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    places = {"base": base, "out": tmp_path / "out", "trained": TINY, "empty": empty}
+    code, out, err = run(*(argument.format(**places) for argument in arguments))
+    assert code == 2
+    assert message in err
+    assert err.startswith("ir-convert: ")
+    assert err.count("\n") == 1
+    assert out == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
+
+
+def test_existing_output(run, base, tmp_path):
+    (tmp_path / "config.json").write_text("mine")
+    code, _, err = run(base, "--out", tmp_path / "m.onnx")
+    assert code == 2
+    assert "config.json exists" in err
+    assert (tmp_path / "config.json").read_text() == "mine"
+
+
+def test_routing_of_another_model(run, base, converted, tmp_path):
+    code, _, err = run(base, "--out", tmp_path / "out", "--routing", converted.folder / "ir-tiny.safetensors")
+    assert code == 2
+    assert "was made for other weights" in err
+
+
+def test_help_and_version(run):
+    code, out, _ = run("--help")
+    assert code == 0
+    assert "--sparsity" in out
+    assert "ir-convert generate" in out
+    code, out, _ = run("generate", "--help")
+    assert "PROMPT" in out
+    assert run("--version")[0] == 0
+
+
+def test_module_entry_point():
+    done = subprocess.run(
+        [sys.executable, "-m", "ir_convert", "./absent", "--out", "x"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("ir-convert: model folder './absent' does not exist")
+
+
+def test_conversion_prints_its_table(converted):
+    for words in ("perplexity", "FLOPs saved, asked", "25.0%", "ir-tiny.onnx", "MB", "time"):
+        assert words in converted.output, converted.output
+
+
+def test_routing_file_tells_where_it_comes_from(converted):
+    metadata = converted.routing.metadata
+    checkpoint = Checkpoint.open(str(converted.checkpoint.path))
+    assert metadata["weights_sha256"] == checkpoint.weights_sha256
+    assert metadata["recipe"] == "local"
+    assert metadata["seed"] == 0
+    assert len(metadata["calibration_sha256"]) == 64
+    assert metadata["sparsity"] == 0.25
+    assert abs(metadata["test"]["sparsity"] - 0.25) < 0.02
+    assert len(metadata["units"]) == 16
+    small = (converted.folder / "ir-tiny.safetensors").stat().st_size
+    assert small < 0.12 * checkpoint.weight_bytes * 2  # fp32 routing of a model of this width
+
+
+def test_one_calibration_serves_every_target(run, converted, tmp_path):
+    """An earlier routing file, another sparsity: no calibration, the same units, the dial moved."""
+    code, _, err = run(
+        *(converted.checkpoint.path, "--routing", converted.folder / "ir-tiny.safetensors"),
+        *("--sparsity", "0.5", "--out", tmp_path / "again.onnx", "--out", tmp_path / "r.safetensors"),
+    )
+    assert code == 0, err
+    again = Routing.load(tmp_path / "r.safetensors")
+    assert again.sparsity == 0.5
+    assert again.threshold == converted.routing.curve.at(0.5)
+    assert (tmp_path / "again.onnx.data").is_file()
+
+
+@pytest.mark.parametrize("artifact", ["onnx/ir-tiny.onnx", "ir-tiny", "onnx"])
+def test_generate(artifact, run, converted):
+    code, out, err = run("generate", converted.folder / artifact, "def __init__(self", "--max-new-tokens", 12)
+    assert code == 0, err
+    assert out.startswith("def __init__(self")
+    assert len(out) > 25
+    sampled = [
+        run("generate", converted.folder / artifact, "The", "--temperature", 1.0, "--seed", seed)[1]
+        for seed in (0, 0, 1)
+    ]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_generate_out_of_reach(run, converted):
+    for artifact in ("ir-tiny", "onnx/ir-tiny.onnx"):
+        code, _, err = run("generate", converted.folder / artifact, "The", "--sparsity", "0.99")
+        assert (code, err.count("\n")) == (2, 1)
+        assert "0.99" in err

@@ -1,0 +1,109 @@
+"""Outputs: told apart by name, checked before any work, written whole or not at all."""
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from models import save_random
+
+from ir_convert.checkpoint import Checkpoint
+from ir_convert.errors import UserError
+from ir_convert.outputs import Output, check_outputs
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("base") / "model"
+    save_random("llama", path)
+    return Checkpoint.open(str(path))
+
+
+def check(checkpoint, *paths, overwrite=False, size=1000):
+    check_outputs([Output.parse(Path(path)) for path in paths], checkpoint, overwrite, lambda output: size)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("a.onnx", "onnx"), ("b.safetensors", "routing"), ("c", "hf"), ("Llama-3.2-ir", "hf"), ("d/", "hf")],
+)
+def test_kind_by_name(name, kind):
+    assert Output.parse(Path(name)).kind == kind
+
+
+def test_foreign_format():
+    with pytest.raises(UserError, match=r"'m.gguf' is of no known kind"):
+        Output.parse(Path("m.gguf"))
+
+
+@pytest.mark.parametrize("existing", ["m.onnx", "m.onnx.data", "config.json", "m.routing.safetensors"])
+def test_nothing_that_exists_is_overwritten_unasked(existing, checkpoint, tmp_path):
+    (tmp_path / existing).write_text("mine")
+    with pytest.raises(UserError, match=f"{existing} exists.*--overwrite"):
+        check(checkpoint, tmp_path / "m.onnx")
+    check(checkpoint, tmp_path / "m.onnx", overwrite=True)
+    assert (tmp_path / existing).read_text() == "mine"
+
+
+def test_existing_folder(checkpoint, tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    with pytest.raises(UserError, match="exists"):
+        check(checkpoint, folder)
+    check(checkpoint, folder, overwrite=True)
+    (folder / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="is not a checkpoint folder; it is not overwritten"):
+        check(checkpoint, folder, overwrite=True)
+    (folder / "config.json").write_text("{}")
+    check(checkpoint, folder, overwrite=True)
+
+
+def test_collisions(checkpoint, tmp_path):
+    with pytest.raises(UserError, match=r"would both write .*config.json"):
+        check(checkpoint, tmp_path / "a.onnx", tmp_path / "b.onnx")
+    with pytest.raises(UserError, match="would both write"):
+        check(checkpoint, tmp_path / "a.onnx", tmp_path / "a.onnx")
+    check(checkpoint, tmp_path / "a.onnx", tmp_path / "a", tmp_path / "a.safetensors", tmp_path / "b" / "b.onnx")
+
+
+@pytest.mark.parametrize("place", [".", "..", "inside", "inside.onnx"])
+def test_base_model_is_out_of_bounds(place, checkpoint):
+    with pytest.raises(UserError, match="lie in each other"):
+        check(checkpoint, checkpoint.path / place, overwrite=True)
+
+
+def test_full_disk_is_said_before_starting(checkpoint, tmp_path):
+    with pytest.raises(UserError, match=r"GB free; the outputs need about"):
+        check(checkpoint, tmp_path / "new" / "deep" / "m.onnx", size=shutil.disk_usage(tmp_path).free)
+
+
+def test_write_moves_everything_into_place(tmp_path):
+    def fill(folder: Path) -> None:
+        assert folder.parent == tmp_path
+        assert not list(folder.iterdir())
+        (folder / "m.onnx").write_text("graph")
+        (folder / "config.json").write_text("{}")
+
+    (tmp_path / ".m.onnx.partial").mkdir()
+    (tmp_path / ".m.onnx.partial" / "left over").write_text("")
+    assert Output.parse(tmp_path / "m.onnx").write(fill) == 7
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "m.onnx"]
+
+
+@pytest.mark.parametrize("name", ["m.onnx", "folder"])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_failure_leaves_the_old_and_no_half(name, error, tmp_path):
+    output = Output.parse(tmp_path / name)
+    output.write(lambda folder: (folder / "m.onnx").write_text("old") and None)
+
+    def fill(folder: Path) -> None:
+        (folder / "m.onnx").write_text("new")
+        raise error
+
+    with pytest.raises((UserError, KeyboardInterrupt)) as caught:
+        output.write(fill)
+    if isinstance(error, OSError):
+        assert "No space left on device" in str(caught.value)
+    assert [path.read_text() for path in tmp_path.rglob("m.onnx") if path.is_file()] == ["old"]
+    assert os.listdir(tmp_path) == [name]

@@ -1,0 +1,151 @@
+"""The ONNX runtime: generation with the cache, in batches, sampling, and errors that say what to do."""
+
+import math
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from ir_convert.export.onnx import write
+from models import random_routing, save_random
+from transformers import PreTrainedTokenizerFast
+
+from ir_convert.checkpoint import Checkpoint
+from ir_convert.errors import UserError
+from ir_convert.runtime import OnnxModel
+
+NO_END: tuple[int, ...] = ()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """(transformers model, folder of its export) with a sliding window, which caches find hardest."""
+    path = tmp_path_factory.mktemp("base")
+    torch.set_num_threads(1)
+    model = save_random("mistral-sliding", path)
+    checkpoint = Checkpoint.open(str(path))
+    folder = tmp_path_factory.mktemp("onnx")
+    write(checkpoint, random_routing(checkpoint), folder, "ir-tiny.onnx")
+    return model, folder
+
+
+@pytest.fixture
+def model(base):
+    return OnnxModel.load(base[1], threads=1)
+
+
+@pytest.fixture
+def prompt():
+    return np.random.default_rng(3).integers(3, 131, (1, 9))
+
+
+def generate(
+    model: OnnxModel, ids: np.ndarray, mask: np.ndarray | None = None, tokens: int = 64, **kwargs
+) -> np.ndarray:
+    return np.stack(list(model.generate(ids, mask, tokens, **({"eos_ids": NO_END} | kwargs))), axis=1)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.2, 0.4])
+def test_cache_changes_nothing(model, prompt, sparsity):
+    model.set_sparsity(sparsity)
+    tokens = prompt
+    for _ in range(64):
+        tokens = np.concatenate([tokens, model.logits(tokens)[:, -1:].argmax(-1)], axis=1)
+    np.testing.assert_array_equal(generate(model, prompt), tokens[:, 9:])
+
+
+def test_dense_generates_as_transformers(base, model, prompt):
+    model.set_sparsity(0)
+    expected = base[0].generate(
+        torch.from_numpy(prompt), max_new_tokens=40, min_new_tokens=40, do_sample=False, pad_token_id=0
+    )
+    expected = expected[0, 9:].numpy()
+    # generate() with min_new_tokens forbids the end token, so compare up to where ours takes it.
+    got = generate(model, prompt, tokens=40)[0]
+    stop = np.flatnonzero(got == 2)[0] if (got == 2).any() else 40
+    assert stop > 3
+    np.testing.assert_array_equal(got[:stop], expected[:stop])
+
+
+def test_left_padded_batch_generates_as_each_alone(model):
+    prompts = [np.random.default_rng(seed).integers(3, 131, (1, length)) for seed, length in enumerate([3, 11, 7])]
+    ids = np.concatenate([np.pad(prompt, ((0, 0), (11 - prompt.shape[1], 0))) for prompt in prompts])
+    mask = (np.arange(11) >= 11 - np.array([[3], [11], [7]])).astype(np.int64)
+    got = generate(model, ids, mask, tokens=24)
+    for row, prompt in zip(got, prompts, strict=True):
+        np.testing.assert_array_equal(row, generate(model, prompt, tokens=24)[0])
+
+
+def test_a_text_that_has_ended_leaves_the_others_alone(model):
+    ids = np.random.default_rng(8).integers(3, 131, (2, 6))
+    free = generate(model, ids, tokens=20)
+    end = next(token for token in free[0] if token not in free[1])
+    got = generate(model, ids, tokens=20, eos_ids=[int(end)])
+    np.testing.assert_array_equal(got[1], free[1])
+    stop = list(free[0]).index(end)
+    np.testing.assert_array_equal(got[0, : stop + 1], free[0, : stop + 1])
+    assert set(got[0, stop:]) == {end}
+    assert generate(model, ids[:1], tokens=20, eos_ids=[int(end)]).shape[1] == stop + 1
+
+
+def test_sampling(model, prompt):
+    def sample(**kwargs) -> list[int]:
+        return generate(model, prompt, tokens=12, temperature=1.5, **kwargs)[0].tolist()
+
+    assert sample(seed=1) == sample(seed=1) != sample(seed=2)
+    greedy = generate(model, prompt, tokens=12)[0].tolist()
+    assert sample(seed=1, top_k=1) == sample(seed=1, top_p=1e-9) == greedy
+    likeliest = set(np.argsort(-model.logits(prompt)[0, -1])[:3].tolist())
+    drawn = {generate(model, prompt, tokens=1, temperature=3.0, top_k=3, seed=seed)[0, 0].item() for seed in range(30)}
+    assert drawn == likeliest
+
+
+def test_sparsity(base, model):
+    assert model.threshold == pytest.approx(model.curve.at(0.4))
+    model.set_sparsity(0)
+    assert model.threshold == -math.inf
+    with pytest.raises(UserError, match="out of reach"):
+        model.set_sparsity(0.99)
+    assert OnnxModel.load(base[1] / "ir-tiny.onnx", sparsity=0.2).threshold == pytest.approx(model.curve.at(0.2))
+    assert OnnxModel.load(base[1], threshold=1.5).threshold == 1.5
+    assert model.eos_ids == {2}
+
+
+def test_tokenizer_from_the_folder(base, model, tmp_path):
+    with pytest.raises(UserError, match="no tokenizer"):
+        _ = model.tokenizer
+    from tokenizers import Tokenizer, models
+
+    folder = shutil.copytree(base[1], tmp_path / "with")
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, "[UNK]"))
+    ).save_pretrained(folder)
+    assert OnnxModel.load(folder).tokenizer("a").input_ids == [0]
+
+
+def test_errors_say_what_to_do(base, model, tmp_path, prompt):
+    with pytest.raises(UserError, match="does not exist"):
+        OnnxModel.load(tmp_path / "absent.onnx")
+    with pytest.raises(UserError, match=r"0 \.onnx files"):
+        OnnxModel.load(tmp_path)
+    with pytest.raises(UserError, match="padded on the left"):
+        next(model.generate(prompt, np.array([[1] * 8 + [0]])))
+
+    lone = shutil.copyfile(base[1] / "ir-tiny.onnx", tmp_path / "ir-tiny.onnx")
+    with pytest.raises(UserError, match=r"needs its weights 'ir-tiny.onnx.data' beside it"):
+        OnnxModel.load(lone)
+    whole = (base[1] / "ir-tiny.onnx.data").read_bytes()
+    (tmp_path / "ir-tiny.onnx.data").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="shorter"):
+        OnnxModel.load(lone)
+
+    noise = tmp_path / "noise.onnx"
+    noise.write_bytes(b"\xff\xfenot a model")
+    with pytest.raises(UserError, match="not an ONNX file"):
+        OnnxModel.load(noise)
+    node = onnx.helper.make_node("Identity", ["x"], ["y"])
+    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy")
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "other", [x], [y])), tmp_path / "other.onnx")
+    with pytest.raises(UserError, match="not written by ir-convert"):
+        OnnxModel.load(tmp_path / "other.onnx")
