@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
@@ -60,6 +61,7 @@ class Checkpoint:
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(_why_no_config(path, error)) from error
+        _read_rope_as_version_5(config)
         family_of(config)
         checkpoint = cls(model, path, config, _shards(path))
         checkpoint._check_weights()
@@ -146,6 +148,15 @@ class Checkpoint:
                 )
         if not {family.embedding, family.head} & set(shapes):
             raise UserError(f"{self.path} has neither '{family.embedding}' nor '{family.head}'")
+
+
+def _read_rope_as_version_5(config: PretrainedConfig) -> None:
+    """transformers 4 overlooks the RoPE settings of a configuration that 5 wrote: puts them where it looks."""
+    parameters = getattr(config, "rope_parameters", None)
+    if transformers.__version__.startswith("4.") and parameters:
+        scaling = {name: value for name, value in parameters.items() if name != "rope_theta"}
+        config.rope_theta = parameters["rope_theta"]
+        config.rope_scaling = None if scaling.get("rope_type", "default") == "default" else scaling
 
 
 def _download(model: str) -> Path:

@@ -6,7 +6,7 @@ from threading import Thread
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextIteratorStreamer
+from transformers import PreTrainedTokenizerBase, TextIteratorStreamer
 
 from .errors import UserError
 
@@ -62,7 +62,7 @@ def _hugging_face(
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = hf.load(folder).to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = hf.load_tokenizer(folder, model)
     if sparsity is not None:
         try:
             model.set_sparsity(sparsity)

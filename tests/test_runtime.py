@@ -7,12 +7,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from ir_convert.export.onnx import write
 from models import random_routing, save_random
 from transformers import PreTrainedTokenizerFast
 
 from ir_convert.checkpoint import Checkpoint
 from ir_convert.errors import UserError
+from ir_convert.export.onnx import write
 from ir_convert.runtime import OnnxModel
 
 NO_END: tuple[int, ...] = ()

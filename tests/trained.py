@@ -7,11 +7,11 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from ir_convert.export import hf
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ir_convert.checkpoint import Checkpoint
 from ir_convert.decoder import Decoder
+from ir_convert.export import hf
 from ir_convert.flops import Budget
 from ir_convert.routing import Routing
 

@@ -1,9 +1,9 @@
 """An exported model of every family, beside its torch reference."""
 
 import pytest
-from ir_convert.export.onnx import write
 from onnx_reference import Reference
 
+from ir_convert.export.onnx import write
 from ir_convert.runtime import OnnxModel
 
 

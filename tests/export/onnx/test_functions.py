@@ -6,6 +6,10 @@ import onnxruntime as ort
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnxscript import GraphBuilder
+from torch import Tensor
+from torch.nn import functional as F
+
 from ir_convert.export.onnx.functions import (
     ATTENTION_INPUTS,
     DOMAIN,
@@ -15,9 +19,6 @@ from ir_convert.export.onnx.functions import (
     routed_attention,
     routed_mlp,
 )
-from onnxscript import GraphBuilder
-from torch import Tensor
-from torch.nn import functional as F
 
 PROPERTY = settings(max_examples=60, deadline=None)
 D, FFN, HEAD, EPSILON = 12, 20, 8, 1e-5

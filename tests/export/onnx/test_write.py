@@ -8,8 +8,6 @@ from dataclasses import replace
 import onnx
 import pytest
 import torch
-from ir_convert.export.onnx import write
-from ir_convert.export.onnx.positions import frequencies
 from models import CONFIGS, random_routing, save_random
 from onnx_reference import Batch, Reference, run_pieces
 from transformers import AutoConfig
@@ -17,6 +15,8 @@ from transformers import AutoConfig
 import ir_convert
 from ir_convert.checkpoint import Checkpoint
 from ir_convert.errors import UserError
+from ir_convert.export.onnx import write
+from ir_convert.export.onnx.positions import frequencies
 from ir_convert.routing import Routing
 from ir_convert.runtime import OnnxModel
 from ir_convert.units import Forecaster, Router

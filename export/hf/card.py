@@ -1,0 +1,59 @@
+"""The model card: what the checkpoint is, how to load it, what it saves."""
+
+import re
+from pathlib import Path
+
+from ir_convert.checkpoint import Checkpoint
+from ir_convert.routing import Routing
+
+
+def model_card(checkpoint: Checkpoint, routing: Routing) -> str:
+    """Returns the README.md of a checkpoint. The license is the base model's and left to its author."""
+    base = hub_id(checkpoint.name)
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+{f"base_model: {base}{chr(10)}" if base else ""}tags:
+- informed-routing
+- ir-convert
+---
+
+# {base or "A language model"} with informed routing
+
+For every token, every attention and MLP unit of this model is either run or replaced by a cheap forecast of its output.
+Asked for: {routing.sparsity:.1%} of the decoder layers' linear FLOPs saved, forecasters and routers paid for
+(attention scores, embeddings and the head are not counted).
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained(folder)
+
+model.set_sparsity(0.2)  # any share up to {routing.curve.sparsity[-1]:.3f}; 0 is the dense model
+with model.routing_statistics() as seen:
+    model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=20)
+print(seen.sparsity, seen.decisions)  # shares of FLOPs and of decisions saved
+```
+
+It runs with transformers 4.57 and 5, `attn_implementation` `sdpa` or `eager`.
+
+| sparsity | threshold |
+|---|---|
+{_curve(routing)}
+
+Measured on held-out text at calibration. `routing.safetensors` holds the calibration itself, for other exports.
+"""
+
+
+def hub_id(name: str) -> str | None:
+    """Returns the name where it is a Hub id; a local folder is nobody else's business."""
+    return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists() else None
+
+
+def _curve(routing: Routing) -> str:
+    """Returns the rows of a table of at most 11 points."""
+    points = list(zip(routing.curve.sparsity, routing.curve.threshold, strict=True))
+    step = max(1, -(-len(points) // 10))
+    shown = points[::step] + ([points[-1]] if (len(points) - 1) % step else [])
+    return "\n".join(f"| {sparsity:.3f} | {threshold:.4f} |" for sparsity, threshold in shown)

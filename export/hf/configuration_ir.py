@@ -1,0 +1,96 @@
+"""Configurations of informed-routing checkpoints. This file travels with the checkpoint; it needs only transformers.
+
+A model type of our own makes transformers ask for ``trust_remote_code`` instead of silently loading the dense model.
+"""
+
+from typing import Any
+
+import numpy as np
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+# Transformers tells modeling code apart by the source of *this* file: it has to change whenever the others do.
+MODELING_SHA256 = "6bbf1467c85d"
+
+
+class InformedRouting:
+    """What routing adds to a family's configuration.
+
+    Attributes:
+        forecaster_rank: rank of the forecasters: one number, or ``{"attention": [per layer], "mlp": [per layer]}``.
+        router_width: hidden width of the routers, in the same form.
+        sparsity: the share of FLOPs to save that was asked for.
+        routing_threshold: a token executes where its score lies above. ``"-inf"`` executes all, ``"inf"`` none
+            (strings, for JSON has no infinity).
+        sparsity_curve: ``{"sparsity": [...], "threshold": [...]}``, measured; both rise.
+        ir_convert_version: the version of the tool that wrote the checkpoint.
+    """
+
+    # No __init__: either line of transformers keeps the keywords it does not know as attributes.
+    forecaster_rank: int | dict[str, list[int]] = 1
+    router_width: int | dict[str, list[int]] = 1
+    sparsity: float = 0.0
+    routing_threshold: float | str = "-inf"
+    sparsity_curve: dict[str, list[float]] | None = None
+    ir_convert_version: str | None = None
+
+    def routing_shape(self, layer: int, unit: str) -> tuple[int, int]:
+        """Returns the forecaster's rank and the router's width of one unit, ``attention`` or ``mlp``."""
+        rank, width = (
+            size if isinstance(size, int) else size[unit][layer] for size in (self.forecaster_rank, self.router_width)
+        )
+        return rank, width
+
+    def set_sparsity(self, sparsity: float) -> None:
+        """Sets ``routing_threshold`` to save this share of the FLOPs; see the model's method of that name."""
+        curve = self.sparsity_curve or {"sparsity": [0.0], "threshold": [0.0]}
+        reachable = curve["sparsity"][-1]
+        if not 0 <= sparsity <= reachable + 1e-9:
+            raise ValueError(f"sparsity {sparsity:g} is out of reach: this model takes 0 (dense) to {reachable:.3f}")
+        if sparsity == 0:
+            self.routing_threshold = "-inf"
+        else:
+            self.routing_threshold = float(np.float32(np.interp(sparsity, curve["sparsity"], curve["threshold"])))
+        self.sparsity = float(sparsity)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        return super().from_dict(_rope_as_read_here(config_dict), **kwargs)  # type: ignore[misc]
+
+
+def rope_of_version_4(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Returns transformers 5's ``rope_parameters`` in the spelling of transformers 4."""
+    theta = {name: value for name, value in parameters.items() if name == "rope_theta"}
+    scaling = {name: value for name, value in parameters.items() if name != "rope_theta"}
+    plain = scaling.get("rope_type", "default") == "default"
+    return theta if plain else {**theta, "rope_scaling": scaling}
+
+
+def _rope_as_read_here(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns a configuration with RoPE in one spelling, that of the running transformers."""
+    parameters = values.get("rope_parameters")
+    if not parameters:
+        return values
+    others = {name: values[name] for name in values if name not in ("rope_parameters", "rope_theta", "rope_scaling")}
+    if hasattr(LlamaConfig, "rope_parameters"):
+        return {**others, "rope_parameters": parameters}
+    return {**others, **rope_of_version_4(parameters)}
+
+
+class IRLlamaConfig(InformedRouting, LlamaConfig):
+    model_type = "ir_llama"
+
+
+class IRMistralConfig(InformedRouting, MistralConfig):
+    model_type = "ir_mistral"
+
+
+class IRQwen2Config(InformedRouting, Qwen2Config):
+    model_type = "ir_qwen2"
+
+
+class IRQwen3Config(InformedRouting, Qwen3Config):
+    model_type = "ir_qwen3"
+
+
+for _config in (IRLlamaConfig, IRMistralConfig, IRQwen2Config, IRQwen3Config):
+    _config.register_for_auto_class()  # save_pretrained copies this file

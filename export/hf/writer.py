@@ -1,0 +1,207 @@
+"""Writes a Hugging Face checkpoint: base weights and routing in one model, with the code that runs it."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from ir_convert import __version__
+from ir_convert.checkpoint import INDEX, SINGLE, TOKENIZER_FILES, Checkpoint
+from ir_convert.families import UNITS
+from ir_convert.routing import Routing
+from ir_convert.units import RoutedUnit
+
+from .card import model_card
+from .configuration_ir import rope_of_version_4
+from .loader import MODELS
+
+CODE = ("configuration_ir.py", "modeling_ir.py", "routed_ir.py")
+SHARD_BYTES = 2 * 10**9
+
+# Names in a RoutedUnit (units.py) and in the module of the checkpoint (routed_ir.py).
+PARAMETERS = {
+    "forecaster.down": "forecaster.down.weight",
+    "forecaster.up": "forecaster.up.weight",
+    "forecaster.bias": "forecaster.up.bias",
+    "router.hidden": "router.hidden.weight",
+    "router.hidden_bias": "router.hidden.bias",
+    "router.out": "router.score.weight",
+    "router.out_bias": "router.score.bias",
+}
+
+
+def write(
+    checkpoint: Checkpoint,
+    routing: Routing,
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes a complete checkpoint into an existing, empty folder.
+
+    Args:
+        checkpoint: the base model.
+        routing: what calibration learnt for it.
+        folder: where to; the caller makes it appear whole.
+        dtype: of the weights; None for what the base has.
+        on_progress: called with (layers written, layers).
+        shard_bytes: weight files are about this large at most, and so is the memory needed.
+    """
+    dtype = dtype or _dtype(checkpoint)
+    _write_json(folder / "config.json", _config(checkpoint, routing, dtype))
+    for name in CODE:
+        shutil.copyfile(Path(__file__).with_name(name), folder / name)
+    for file in checkpoint.files(("generation_config.json", *TOKENIZER_FILES)):
+        shutil.copyfile(file, folder / file.name)
+    _name_tokenizer_class(checkpoint, folder)
+    (folder / "README.md").write_text(model_card(checkpoint, routing), "utf-8")
+    routing.save(folder / "routing.safetensors")
+    _write_shards(_tensors(checkpoint, routing, dtype, on_progress), folder, shard_bytes)
+    for path in (*folder.iterdir(), folder):
+        _sync(path)
+
+
+def _dtype(checkpoint: Checkpoint) -> torch.dtype:
+    unit = checkpoint.family.mlp
+    return checkpoint.read(f"{checkpoint.family.layers}.0.{unit.module}.{unit.skipped[0]}.weight").dtype
+
+
+def _config(checkpoint: Checkpoint, routing: Routing, dtype: torch.dtype) -> dict[str, Any]:
+    """Returns the base's configuration as its author wrote it, the routing added."""
+    values = json.loads((checkpoint.path / "config.json").read_text("utf-8"))
+    for name in ("_name_or_path", "torch_dtype", "rope_parameters", "rope_theta", "rope_scaling"):
+        values.pop(name, None)
+    model = MODELS[f"ir_{checkpoint.config.model_type}"]
+    configuration = model.config_class
+    routed = [[routing.units[layer, unit] for layer in range(routing.layers)] for unit in UNITS]
+    return (
+        values
+        | _rope(checkpoint)
+        | {
+            "model_type": configuration.model_type,
+            "architectures": [model.__name__],
+            "auto_map": {
+                "AutoConfig": f"configuration_ir.{configuration.__name__}",
+                "AutoModelForCausalLM": f"modeling_ir.{model.__name__}",
+            },
+            "dtype": str(dtype).removeprefix("torch."),
+            "tie_word_embeddings": checkpoint.tied,
+            "forecaster_rank": _sizes([[unit.forecaster.down.shape[0] for unit in units] for units in routed]),
+            "router_width": _sizes([[unit.router.hidden.shape[0] for unit in units] for units in routed]),
+            "sparsity": routing.sparsity,
+            # JSON has no infinity; float() reads the string.
+            "routing_threshold": "-inf" if routing.sparsity <= 0 else routing.threshold,
+            "sparsity_curve": {"sparsity": routing.curve.sparsity, "threshold": routing.curve.threshold},
+            "ir_convert_version": __version__,
+        }
+    )
+
+
+def _rope(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Returns RoPE's parameters in the spelling of transformers 5 and in that of 4."""
+    config = checkpoint.config.to_dict()
+    parameters = config.get("rope_parameters")
+    if not parameters:
+        scaling = config.get("rope_scaling") or {"rope_type": "default"}
+        parameters = {"rope_theta": config["rope_theta"], **scaling}
+    return {"rope_parameters": parameters, **rope_of_version_4(parameters)}
+
+
+def _sizes(sizes: list[list[int]]) -> int | dict[str, list[int]]:
+    """Returns one number where all units are alike, else a list over layers for each unit."""
+    flat = {size for row in sizes for size in row}
+    return flat.pop() if len(flat) == 1 else dict(zip(UNITS, sizes, strict=True))
+
+
+def _name_tokenizer_class(checkpoint: Checkpoint, folder: Path) -> None:
+    """Names the tokenizer's class: transformers would derive a missing one from the model type, and ours is new to it."""
+    path = folder / "tokenizer_config.json"
+    if not (path.is_file() or (folder / "tokenizer.json").is_file()):
+        return
+    values = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    name = values.get("tokenizer_class") or type(checkpoint.tokenizer).__name__
+    # Version 5 of transformers calls it TokenizersBackend and reads either name; version 4 knows only this one.
+    values["tokenizer_class"] = "PreTrainedTokenizerFast" if name == "TokenizersBackend" else name
+    _write_json(path, values)
+
+
+def _tensors(
+    checkpoint: Checkpoint, routing: Routing, dtype: torch.dtype, on_progress: Callable[[int, int], None] | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields every tensor of the checkpoint by name, reading them one layer at a time."""
+    family = checkpoint.family
+    yield family.embedding, checkpoint.read(family.embedding, dtype)
+    for layer in range(routing.layers):
+        for name, tensor in checkpoint.read_layer(layer, dtype).items():
+            if "rotary_emb" not in name:  # old checkpoints store RoPE's frequencies; models compute them
+                yield f"{family.layers}.{layer}.{name}", tensor
+        for unit in UNITS:
+            prefix = f"{family.layers}.{layer}.{family.unit(unit).module}"
+            for name, tensor in _parameters(routing.units[layer, unit], dtype).items():
+                yield f"{prefix}.{name}", tensor
+        if on_progress:
+            on_progress(layer + 1, routing.layers)
+    yield family.final_norm, checkpoint.read(family.final_norm, dtype)
+    if not checkpoint.tied:
+        yield family.head, checkpoint.read(family.head, dtype)
+
+
+def _parameters(unit: RoutedUnit, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Returns a unit's forecaster and router as module parameters; the last router layer stays fp32."""
+    return {
+        PARAMETERS[name]: tensor.to(torch.float32 if name.startswith("router.out") else dtype).contiguous()
+        for name, tensor in unit.tensors().items()
+    }
+
+
+def _write_shards(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path, shard_bytes: int) -> None:
+    """Writes tensors as they come: one file where they fit, numbered files and an index where not."""
+    shards: list[list[str]] = []
+    pending: dict[str, torch.Tensor] = {}
+    size = total = 0
+
+    def flush() -> None:
+        save_file(pending, _part(folder, len(shards)), metadata={"format": "pt"})
+        shards.append(list(pending))
+        pending.clear()
+
+    for name, tensor in tensors:
+        if pending and size + tensor.nbytes > shard_bytes:
+            flush()
+            size = 0
+        pending[name] = tensor
+        size += tensor.nbytes
+        total += tensor.nbytes
+    flush()
+
+    if len(shards) == 1:
+        _part(folder, 0).rename(folder / SINGLE)
+        return
+    weight_map: dict[str, str] = {}
+    for index, names in enumerate(shards):
+        file = f"model-{index + 1:05}-of-{len(shards):05}.safetensors"
+        _part(folder, index).rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _part(folder: Path, index: int) -> Path:
+    return folder / f"part-{index}.safetensors"
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
