@@ -1,8 +1,8 @@
 """Text that every Python installation carries, cut into parts that never overlap.
 
 - ``train``: the standard library's sources and a third of its documentation topics. The tiny model learns from it.
-- ``calibration``: about half of the documentation topics, unseen in training. The demo calibrates on it.
-- ``test``: the remaining topics, unseen by both. Every figure of the demo is measured on it.
+- ``calibration``: most of the other topics, unseen in training. The demo calibrates on it.
+- ``test``: every fourth piece of the other topics (and a few sources), unseen by both. The tests measure on it.
 
 The topics quote one another at length, so paragraphs are deduplicated before the parts are drawn.
 """
@@ -14,14 +14,16 @@ from pathlib import Path
 
 PARTS = ("train", "calibration", "test")
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "encodings", "lib2to3"}
-TOPIC_PARTS = ("train", "calibration", "test", "train", "calibration", "calibration")
+PIECE = 3000  # characters
 
 
 def topics(part: str) -> list[str]:
     """Returns the documentation topics of ``part``, as documents."""
     from pydoc_data.topics import topics as pages
 
-    documents, seen = [], set()
+    trained: list[str] = []
+    unseen: list[str] = []
+    seen: set[str] = set()
     for name in sorted(pages):
         fresh = []
         for paragraph in pages[name].split("\n\n"):
@@ -29,9 +31,14 @@ def topics(part: str) -> list[str]:
             if key and key not in seen:
                 seen.add(key)
                 fresh.append(paragraph)
-        if TOPIC_PARTS[_bucket(name, len(TOPIC_PARTS))] == part and fresh:
-            documents.append("\n\n".join(fresh).strip() + "\n")
-    return documents
+        document = "\n\n".join(fresh).strip() + "\n"
+        if _bucket(name, 6) in (0, 3):
+            trained.append(document)
+        else:
+            unseen += _pieces(document)
+    if part == "train":
+        return [document for document in trained if document.strip()]
+    return [piece for index, piece in enumerate(unseen) if (index % 4 == 3) == (part == "test")]
 
 
 def sources(part: str) -> list[str]:
@@ -45,6 +52,16 @@ def sources(part: str) -> list[str]:
             if in_test == (part == "test") and part != "calibration":
                 documents.append(path.read_text("utf-8", errors="ignore"))
     return [document for document in documents if document.strip()]
+
+
+def _pieces(document: str) -> list[str]:
+    """Cuts a document between paragraphs into pieces of about ``PIECE`` characters."""
+    pieces = [""]
+    for paragraph in document.split("\n\n"):
+        if len(pieces[-1]) > PIECE:
+            pieces.append("")
+        pieces[-1] += paragraph + "\n\n"
+    return [piece for piece in pieces if piece.strip()]
 
 
 def _bucket(name: str, buckets: int) -> int:
