@@ -6,6 +6,7 @@ from threading import Thread
 
 import numpy as np
 import torch
+import transformers
 from transformers import PreTrainedTokenizerBase, TextIteratorStreamer
 
 from .errors import UserError
@@ -60,6 +61,7 @@ def _hugging_face(
 ) -> Iterator[str]:
     from .export import hf
 
+    transformers.utils.logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = hf.load(folder).to(device).eval()
     tokenizer = hf.load_tokenizer(folder, model)

@@ -143,7 +143,7 @@ def _tensors(
                 yield f"{family.layers}.{layer}.{name}", tensor
         for unit in UNITS:
             prefix = f"{family.layers}.{layer}.{family.unit(unit).module}"
-            for name, tensor in _parameters(routing.units[layer, unit], dtype).items():
+            for name, tensor in _parameters(routing.units[layer, unit]).items():
                 yield f"{prefix}.{name}", tensor
         if on_progress:
             on_progress(layer + 1, routing.layers)
@@ -152,12 +152,13 @@ def _tensors(
         yield family.head, checkpoint.read(family.head, dtype)
 
 
-def _parameters(unit: RoutedUnit, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Returns a unit's forecaster and router as module parameters; the last router layer stays fp32."""
-    return {
-        PARAMETERS[name]: tensor.to(torch.float32 if name.startswith("router.out") else dtype).contiguous()
-        for name, tensor in unit.tensors().items()
-    }
+def _parameters(unit: RoutedUnit) -> dict[str, torch.Tensor]:
+    """Returns a unit's forecaster and router as module parameters.
+
+    They stay fp32 in the file at any precision of the weights: who loads the model in fp32 gets the very decisions of
+    the calibration; in half precision transformers casts them, all but the routers' last layer.
+    """
+    return {PARAMETERS[name]: tensor.float().contiguous() for name, tensor in unit.tensors().items()}
 
 
 def _write_shards(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path, shard_bytes: int) -> None:
