@@ -120,8 +120,9 @@ class Checkpoint:
 
     @cached_property
     def stored_dtype(self) -> torch.dtype:
-        """The precision of the weights as stored (of the final norm, which stands for all)."""
-        return self.read(self.family.final_norm).dtype
+        """The precision of the weights as stored (of one projection, which stands for all)."""
+        unit = self.family.mlp
+        return self.read(f"{self.family.layers}.0.{unit.module}.{unit.skipped[0]}.weight").dtype
 
     def _check_weights(self) -> None:
         """Opens every shard's header: a truncated download shows now, not hours into a calibration."""

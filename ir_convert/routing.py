@@ -6,7 +6,6 @@ A safetensors file. Tensors: ``layers.{i}.{attention|mlp}.{forecaster|router}.*`
 
 import json
 import math
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 
 from .errors import UserError
 from .families import UNITS
+from .files import sync
 from .units import RoutedUnit
 
 FORMAT = 1
@@ -93,8 +93,7 @@ class Routing:
         tensors["curve.threshold"] = torch.tensor(self.curve.threshold, dtype=torch.float64)
         temporary = path.with_name(path.name + ".tmp")
         save_file(tensors, temporary, metadata={"format": str(FORMAT), "ir_convert": json.dumps(self.metadata)})
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        sync(temporary)
         temporary.replace(path)
 
     @classmethod

@@ -1,7 +1,6 @@
 """Writes a Hugging Face checkpoint: base weights and routing in one model, with the code that runs it."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors.torch import save_file
 from ir_convert import __version__
 from ir_convert.checkpoint import INDEX, SINGLE, TOKENIZER_FILES, Checkpoint
 from ir_convert.families import UNITS
+from ir_convert.files import sync
 from ir_convert.routing import Routing
 from ir_convert.units import RoutedUnit
 
@@ -53,7 +53,7 @@ def write(
         on_progress: called with (layers written, layers).
         shard_bytes: weight files are about this large at most, and so is the memory needed.
     """
-    dtype = dtype or _dtype(checkpoint)
+    dtype = dtype or checkpoint.stored_dtype
     _write_json(folder / "config.json", _config(checkpoint, routing, dtype))
     for name in CODE:
         shutil.copyfile(Path(__file__).with_name(name), folder / name)
@@ -64,12 +64,7 @@ def write(
     routing.save(folder / "routing.safetensors")
     _write_shards(_tensors(checkpoint, routing, dtype, on_progress), folder, shard_bytes)
     for path in (*folder.iterdir(), folder):
-        _sync(path)
-
-
-def _dtype(checkpoint: Checkpoint) -> torch.dtype:
-    unit = checkpoint.family.mlp
-    return checkpoint.read(f"{checkpoint.family.layers}.0.{unit.module}.{unit.skipped[0]}.weight").dtype
+        sync(path)
 
 
 def _config(checkpoint: Checkpoint, routing: Routing, dtype: torch.dtype) -> dict[str, Any]:
@@ -198,11 +193,3 @@ def _part(folder: Path, index: int) -> Path:
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n", "utf-8")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

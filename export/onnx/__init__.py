@@ -1,6 +1,5 @@
 """ONNX export: the routed decoder, its weights, and the files that ONNX Runtime users expect beside it."""
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 
 from ir_convert.checkpoint import TOKENIZER_FILES, Checkpoint
 from ir_convert.errors import UserError
+from ir_convert.files import sync
 from ir_convert.routing import Routing
 
 from .graph import decoder
@@ -72,13 +72,4 @@ def write(
         shutil.copyfile(file, folder / file.name)
     routing.save(folder / f"{Path(name).stem}.routing.safetensors")
     for path in [*folder.iterdir(), folder]:
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    """Makes sure that a file or a folder's list of files is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        sync(path)
