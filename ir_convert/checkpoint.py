@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -42,12 +42,14 @@ class Checkpoint:
         path: the local folder.
         config: the model's configuration.
         shards: tensor name -> file name.
+        lora: low-rank changes that reading folds into the weights; see ``Routing.lora``.
     """
 
     name: str
     path: Path
     config: PretrainedConfig
     shards: dict[str, str] = field(repr=False)
+    lora: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def open(cls, model: str) -> "Checkpoint":
@@ -93,12 +95,19 @@ class Checkpoint:
             raise UserError(f"{self.name} has no tensor '{name}'")
         with safe_open(self.path / self.shards[name], "pt") as file:
             tensor = file.get_tensor(name)
+        if name in self.lora:
+            a, b = self.lora[name]
+            tensor = (tensor.float() + b @ a).to(tensor.dtype)
         return tensor if dtype is None else tensor.to(dtype)
 
     def read_layer(self, layer: int, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
         """Reads one decoder layer's tensors, by their names inside the layer."""
         prefix = f"{self.family.layers}.{layer}."
         return {name.removeprefix(prefix): self.read(name, dtype) for name in self.shards if name.startswith(prefix)}
+
+    def with_lora(self, lora: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> "Checkpoint":
+        """Returns the checkpoint with these changes folded into whatever is read."""
+        return replace(self, lora=lora)
 
     def files(self, names: Iterable[str]) -> list[Path]:
         """Returns those of the named files that the folder has."""

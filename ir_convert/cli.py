@@ -7,6 +7,7 @@ import click
 from rich.console import Console
 
 from . import __version__
+from .choices import KV_CACHES, RECIPES
 from .errors import UserError
 
 FILE = click.Path(path_type=Path)
@@ -28,15 +29,43 @@ FILE = click.Path(path_type=Path)
 )
 @click.option(
     "--calibration",
-    type=FILE,
-    metavar="FILE",
-    help="Text like what the model will serve.  [default: Python's documentation topics]",
+    multiple=True,
+    metavar="TEXT[=WEIGHT]",
+    help="Text like what the model will serve: a text, .jsonl or .parquet file, a folder, or a Hub data set "
+    "(name:config:split). May be repeated.  [default: Python's documentation topics]",
 )
+@click.option("--text-field", default="text", show_default=True, help="Where .jsonl, .parquet and data sets keep text.")
 @click.option(
     "--routing", type=FILE, metavar="FILE", help="Use an earlier conversion's routing file instead of calibrating."
 )
-@click.option("--tokens", type=click.IntRange(1), default=65536, show_default=True, help="Calibration tokens, at most.")
-@click.option("--rank", type=click.IntRange(0), help="Rank of the forecasters; 0 for none.  [default: by width]")
+@click.option(
+    "--tokens", type=click.IntRange(1), default=131072, show_default=True, help="Calibration tokens, at most."
+)
+@click.option("--block-size", type=click.IntRange(16), default=512, show_default=True, help="Tokens seen together.")
+@click.option(
+    "--recipe",
+    type=click.Choice(RECIPES),
+    default="local",
+    show_default=True,
+    help="local: layer by layer, minutes. paper: the published recipe, end to end, hours. greedy: skips, forecasts nothing.",
+)
+@click.option(
+    "--polish", type=click.IntRange(0), default=0, show_default=True, help="End-to-end steps after the recipe."
+)
+@click.option("--lora", is_flag=True, help="Adapt the base weights last (--recipe paper).")
+@click.option("--steps", type=click.IntRange(1), default=2000, show_default=True, help="Of paper and greedy training.")
+@click.option(
+    "--units", default="attention,mlp", show_default=True, help="Which units are routed; mlp alone is a preset."
+)
+@click.option("--rank", type=click.IntRange(0), help="Mean rank of the forecasters; 0 for none.  [default: by width]")
+@click.option("--router-width", type=click.IntRange(0), help="Hidden units of the routers.  [default: by width]")
+@click.option(
+    "--kv-cache",
+    type=click.Choice(KV_CACHES),
+    default="full",
+    show_default=True,
+    help="strict: approximated tokens leave no keys and values.",
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, ...")
 @click.option(
@@ -47,21 +76,27 @@ FILE = click.Path(path_type=Path)
     help="Precision of what is written; auto: float32 in ONNX, the base model's in a checkpoint.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace outputs that exist.")
+@click.option("--restart", is_flag=True, help="Forget the work of an interrupted run, and begin anew.")
 @click.version_option(__version__)
-def convert(model: str, out: tuple[Path, ...], **options: object) -> None:
+def convert(model: str, out: tuple[Path, ...], units: str, **options: object) -> None:
     """Turn MODEL, a local folder or a Hub id, into one that decides per token which units to run.
 
     \b
     ir-convert meta-llama/Llama-2-7b-hf --out ir-llama.onnx
     ir-convert ./my-model --out my-ir-model/ --sparsity 0.3 --calibration domain.txt
+    accelerate launch -m ir_convert ./my-model --out my-ir-model/
+
+    Interrupted? Run the same command again: it goes on where it stopped.
     """
     from .convert import convert as pipeline
     from .progress import Bars
     from .report import summary
 
     console = Console(stderr=True)
-    conversion = pipeline(model, out, report=Bars(console), **options)  # type: ignore[arg-type]
-    Console().print(summary(conversion))
+    kinds = [unit.strip() for unit in units.split(",") if unit.strip()]
+    conversion = pipeline(model, out, units=kinds, report=Bars(console), **options)  # type: ignore[arg-type]
+    if conversion.sizes:
+        Console().print(summary(conversion))
 
 
 @click.command("ir-convert generate")

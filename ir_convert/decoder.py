@@ -21,22 +21,33 @@ class Layer:
         """Returns what the unit sees, ``norm(x)``; both ``[batch, sequence, hidden]``."""
         return getattr(self._module, self._family.unit(unit).norm)(x)
 
-    def run(self, unit: str, h: Tensor) -> Tensor:
-        """Returns the unit's output for normalised hidden states; both ``[batch, sequence, hidden]``."""
+    def run(self, unit: str, h: Tensor, visible: Tensor | None = None) -> Tensor:
+        """Returns the unit's output for normalised hidden states; both ``[batch, sequence, hidden]``.
+
+        Args:
+            visible: bool ``[batch, sequence]``: the tokens that leave keys and values (strict KV cache); all by default.
+                Every token sees itself.
+        """
         module = getattr(self._module, self._family.unit(unit).module)
         if unit == "mlp":
             return module(h)
         positions = torch.arange(h.shape[1], device=h.device).unsqueeze(0)
-        output, _ = module(hidden_states=h, position_embeddings=self._rope(h, positions), attention_mask=self._mask(h))
+        output, _ = module(
+            hidden_states=h, position_embeddings=self._rope(h, positions), attention_mask=self._mask(h, visible)
+        )
         return output
 
-    def _mask(self, h: Tensor) -> Tensor | None:
-        """The sliding-window mask ``[1, 1, query, key]``; None (plain causal) where the window covers the block."""
+    def _mask(self, h: Tensor, visible: Tensor | None) -> Tensor | None:
+        """The mask ``[batch or 1, 1, query, key]``; None (plain causal) where every token sees all before it."""
         length = h.shape[1]
-        if self._window is None or self._window >= length:
+        window = length if self._window is None else self._window
+        if window >= length and visible is None:
             return None
         everything = torch.ones(length, length, dtype=torch.bool, device=h.device)
-        return (everything.tril() & everything.triu(1 - self._window))[None, None]
+        mask = (everything.tril() & everything.triu(1 - window))[None, None]
+        if visible is not None:
+            mask = mask & (visible[:, None, None, :] | torch.eye(length, dtype=torch.bool, device=h.device))
+        return mask
 
 
 class Decoder:

@@ -31,6 +31,13 @@ class Output:
             raise UserError(f"output '{path}' is of no known kind: name a .onnx file, a .safetensors file or a folder")
         return cls(path, {".onnx": "onnx", ".safetensors": "routing"}.get(path.suffix, "hf"))
 
+    @property
+    def routing_file(self) -> Path:
+        """Where the output keeps its routing file."""
+        if self.kind == "onnx":
+            return self.path.with_name(f"{self.path.stem}.routing.safetensors")
+        return self.path / "routing.safetensors" if self.kind == "hf" else self.path
+
     def files(self, checkpoint: Checkpoint) -> list[Path]:
         """Returns what the output puts beside other files of the user's; a folder is one thing."""
         if self.kind != "onnx":
@@ -39,7 +46,7 @@ class Output:
             "config.json",
             *(file.name for file in checkpoint.files(("generation_config.json", *TOKENIZER_FILES))),
         ]
-        names = [*beside, f"{self.path.stem}.routing.safetensors", f"{self.path.name}.data", self.path.name]
+        names = [*beside, self.routing_file.name, f"{self.path.name}.data", self.path.name]
         return [self.path.parent / name for name in names]
 
     def write(self, fill: Callable[[Path], None]) -> int:
@@ -56,9 +63,12 @@ class Output:
             fill(partial)
             size = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
             if self.kind == "hf":
+                replaced = self.path.parent / f".{self.path.name}.replaced"
+                shutil.rmtree(replaced, ignore_errors=True)
                 if self.path.exists():
-                    shutil.rmtree(self.path)
+                    self.path.rename(replaced)
                 partial.rename(self.path)
+                shutil.rmtree(replaced, ignore_errors=True)
             else:
                 # The file that the user named comes last: where it is, the others are.
                 for file in sorted(partial.iterdir(), key=lambda file: file.name == self.path.name):

@@ -16,6 +16,10 @@ class Reporter(Protocol):
         """Opens a stage of ``steps`` steps, each over ``tokens`` tokens; yields what to call after each step."""
         ...
 
+    def note(self, text: str) -> None:
+        """Says something that is not the progress of a stage."""
+        ...
+
 
 class Silent:
     """Shows nothing."""
@@ -24,12 +28,18 @@ class Silent:
     def stage(self, name: str, steps: int, tokens: int = 0) -> Iterator[Callable[[], None]]:
         yield lambda: None
 
+    def note(self, text: str) -> None:
+        pass
+
 
 class Bars:
     """A bar for each stage on the terminal: layer k of n, tokens per second, time left."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
+
+    def note(self, text: str) -> None:
+        self._console.print(text, highlight=False, soft_wrap=True)
 
     @contextmanager
     def stage(self, name: str, steps: int, tokens: int = 0) -> Iterator[Callable[[], None]]:

@@ -1,7 +1,8 @@
 """The routing file: everything that calibration learns, and all that an exporter needs beside the base weights.
 
-A safetensors file. Tensors: ``layers.{i}.{attention|mlp}.{forecaster|router}.*`` (see ``units.py``), ``curve.sparsity`` and
-``curve.threshold``. Metadata ``ir_convert`` (JSON): base model and hash of its weights, recipe, options, data, figures.
+A safetensors file. Tensors: ``layers.{i}.{attention|mlp}.{forecaster|router}.*`` (see ``units.py``; units without any always
+run), ``curve.sparsity`` and ``curve.threshold``; ``lora.{weight}.a`` and ``.b`` where base weights were adapted (W + B A).
+Metadata ``ir_convert`` (JSON): base model and hash of its weights, recipe, options, data, figures.
 """
 
 import json
@@ -16,13 +17,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .errors import UserError
-from .families import UNITS
 from .files import sync
-from .units import RoutedUnit
+from .units import RoutedUnit, Units
 
-FORMAT = 1
+FORMAT = 2
 
-Units = dict[tuple[int, str], RoutedUnit]
+__all__ = ["Curve", "Routing", "Units"]
 
 
 @dataclass
@@ -50,27 +50,22 @@ class Routing:
     """A calibrated routing.
 
     Attributes:
-        units: forecaster and router by (layer, unit), fp32.
+        units: forecaster and router by (layer, unit), fp32; units that are missing always execute.
         curve: sparsity -> threshold.
-        metadata: JSON-able facts: ``base_model``, ``weights_sha256``, ``recipe``, ``rank``, ``router_width``, ``sparsity``
-            (asked), ``threshold``, ``statistics`` ... see ``calibrate``.
+        metadata: JSON-able facts: ``base_model``, ``weights_sha256``, ``recipe``, ``kv_cache``, ``sparsity`` (asked),
+            ``threshold`` ... see ``calibrate``.
+        lora: low-rank changes of base weights by tensor name: A ``[rank, in]`` and B ``[out, rank]``, folded as W + B A.
     """
 
     units: Units
     curve: Curve
     metadata: dict[str, Any] = field(default_factory=dict)
+    lora: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     @property
-    def layers(self) -> int:
-        return len(self.units) // len(UNITS)
-
-    @property
-    def rank(self) -> int:
-        return self.units[0, UNITS[0]].forecaster.down.shape[0]
-
-    @property
-    def router_width(self) -> int:
-        return self.units[0, UNITS[0]].router.hidden.shape[0]
+    def kv_cache(self) -> str:
+        """``full``: keys and values are kept for every token. ``strict``: approximated tokens leave none."""
+        return self.metadata.get("kv_cache", "full")
 
     @property
     def sparsity(self) -> float:
@@ -89,6 +84,8 @@ class Routing:
             for (layer, unit), routed in self.units.items()
             for name, tensor in routed.tensors().items()
         }
+        for weight, (a, b) in self.lora.items():
+            tensors |= {f"lora.{weight}.a": a.float().contiguous(), f"lora.{weight}.b": b.float().contiguous()}
         tensors["curve.sparsity"] = torch.tensor(self.curve.sparsity, dtype=torch.float64)
         tensors["curve.threshold"] = torch.tensor(self.curve.threshold, dtype=torch.float64)
         temporary = path.with_name(path.name + ".tmp")
@@ -107,14 +104,21 @@ class Routing:
             with safe_open(path, "pt") as file:
                 header = file.metadata() or {}
                 if header.get("format") != str(FORMAT) or "ir_convert" not in header:
-                    raise UserError(f"{path} is not a routing file of format {FORMAT}: name one written by ir-convert")
+                    raise UserError(
+                        f"{path} is not a routing file of format {FORMAT}: name one that this version of ir-convert wrote"
+                    )
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except (OSError, SafetensorError) as error:
             raise UserError(f"cannot read the routing file {path}: {error}") from error
         curve = Curve(*(tensors.pop(f"curve.{axis}").tolist() for axis in ("sparsity", "threshold")))
+        lora = {
+            name.removeprefix("lora.").removesuffix(".a"): (tensors.pop(name), tensors.pop(name[:-1] + "b"))
+            for name in sorted(tensors)
+            if name.startswith("lora.") and name.endswith(".a")
+        }
         grouped: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
         for name, tensor in tensors.items():
             _, layer, unit, rest = name.split(".", 3)
             grouped.setdefault((int(layer), unit), {})[rest] = tensor
         units = {key: RoutedUnit.from_tensors(grouped[key]) for key in sorted(grouped)}
-        return cls(units, curve, json.loads(header["ir_convert"]))
+        return cls(units, curve, json.loads(header["ir_convert"]), lora)

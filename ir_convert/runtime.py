@@ -8,10 +8,11 @@ for token in model.generate(model.tokenizer("Once upon", return_tensors="np").in
 
 import json
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -24,6 +25,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from .checkpoint import TOKENIZER_FILES
 from .errors import UserError
 from .routing import Curve
+
+if TYPE_CHECKING:
+    from .export.hf.control_ir import SparsityControl
 
 Cache = list[NDArray]
 _ERRORS_ONLY = 3
@@ -38,12 +42,15 @@ class OnnxModel:
         session: the session.
         metadata: what the model says about itself; see ``ir_convert.export.onnx.graph.metadata``.
         threshold: a unit executes a token whose score is above it; -inf is the dense model.
+        saved: the share of FLOPs that the last call saved on its real tokens, forecasters and routers paid for.
     """
 
     path: Path
     session: ort.InferenceSession = field(repr=False)
     metadata: dict[str, Any] = field(repr=False)
     threshold: float
+    saved: float = 0.0
+    _control: "SparsityControl | None" = field(default=None, repr=False)
 
     @classmethod
     def load(
@@ -115,6 +122,24 @@ class OnnxModel:
         """Sets the share of FLOPs to save; 0 is the dense model."""
         self.threshold = self.curve.at(sparsity)
 
+    @contextmanager
+    def hold_sparsity(self, sparsity: float, **gain: float) -> Iterator["SparsityControl"]:
+        """Inside a ``with`` block, moves the threshold as text drifts, so that what is saved stays at ``sparsity``.
+
+        Args:
+            sparsity: the share of FLOPs to save.
+            **gain: how far the threshold moves for each unit of sparsity missed over 256 tokens; 2.0 by default.
+        """
+        from .export.hf.control_ir import SparsityControl  # its package imports the models of transformers
+
+        before = self.threshold, self._control
+        self.set_sparsity(sparsity)
+        self._control = SparsityControl(sparsity, self.threshold, **gain)
+        try:
+            yield self._control
+        finally:
+            self.threshold, self._control = before
+
     def logits(
         self,
         input_ids: NDArray,
@@ -159,6 +184,9 @@ class OnnxModel:
         }
         feed |= dict(zip((value.name for value in self._past_inputs), past, strict=True))
         logits, *present = self.session.run(None, feed)
+        self.saved = float(present.pop(len(past))[0])
+        if self._control is not None:
+            self.threshold = self._control.observe(self.saved, int(attention_mask[:, -length:].sum()))
         return logits, present
 
     def generate(

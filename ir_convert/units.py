@@ -4,10 +4,11 @@ A pretrained unit (attention or MLP) does ``x <- x + unit(h)`` with ``h = norm(x
 
     x <- x + (unit(h) if score(h) > threshold else forecast(h))
 
-- forecast(h) = up @ (down @ h) + bias: a rank-r linear forecaster (LFF) of the unit's output.
+- forecast(h) = U @ silu(D @ h + a) + b: a forecaster (LFF) of the unit's output through a bottleneck of width r, its rank.
 - score(h) = v @ silu(W @ h + b) + c: the log of what approximating this token here is expected to cost, per FLOP saved.
 
-One threshold serves the whole model; at -inf every token executes and the model is the dense one.
+One threshold serves the whole model; at -inf every token executes and the model is the dense one. A unit may also be left
+unrouted: it has neither forecaster nor router, and always runs.
 Method: informed routing, arXiv 2510.13831; closed-form forecasters and cost-regressed routers are this project's.
 """
 
@@ -20,21 +21,27 @@ from torch.nn import functional as F
 
 @dataclass
 class Forecaster:
-    """A rank-r linear map from normalised hidden states to the unit's output. Rank 0 forecasts zero: plain skipping.
+    """Maps normalised hidden states to the unit's output through a bottleneck. Rank 0 forecasts its bias.
 
     Attributes:
         down: ``[rank, hidden]``.
+        down_bias: ``[rank]``.
         up: ``[hidden, rank]``.
         bias: ``[hidden]``.
     """
 
     down: Tensor
+    down_bias: Tensor
     up: Tensor
     bias: Tensor
 
     def __call__(self, h: Tensor) -> Tensor:
         """Forecasts the unit's output for normalised hidden states ``[..., hidden]``."""
-        return F.linear(F.linear(h, self.down), self.up, self.bias)
+        return F.linear(F.silu(F.linear(h, self.down, self.down_bias)), self.up, self.bias)
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
 
 
 @dataclass
@@ -52,6 +59,10 @@ class Router:
     hidden_bias: Tensor
     out: Tensor
     out_bias: Tensor
+
+    @property
+    def width(self) -> int:
+        return self.hidden.shape[0]
 
     def __call__(self, h: Tensor) -> Tensor:
         """Scores normalised hidden states ``[..., hidden]`` -> ``[...]``."""
@@ -92,6 +103,9 @@ class RoutedUnit:
 
 
 _PARTS = {"forecaster": Forecaster, "router": Router}
+
+# By (layer, unit); a unit that is missing is not routed.
+Units = dict[tuple[int, str], RoutedUnit]
 
 
 def merge(execute: Tensor, output: Tensor, forecast: Tensor) -> Tensor:

@@ -56,7 +56,14 @@ def save_random(name: str, path: Path, seed: int = 0, max_shard_size: str = "5GB
     return model.eval()
 
 
-def random_routing(checkpoint: Checkpoint, rank: int = 5, width: int = 4, seed: int = 0) -> Routing:
+def random_routing(
+    checkpoint: Checkpoint,
+    rank: int = 5,
+    width: int = 4,
+    seed: int = 0,
+    units: tuple[str, ...] = UNITS,
+    kv_cache: str = "full",
+) -> Routing:
     """Returns random forecasters and routers whose scores straddle the thresholds of their curve."""
     generator = torch.Generator().manual_seed(seed)
     d = checkpoint.config.hidden_size
@@ -64,16 +71,21 @@ def random_routing(checkpoint: Checkpoint, rank: int = 5, width: int = 4, seed: 
     def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
         return torch.randn(*shape, generator=generator) * scale
 
-    units = {
+    routed = {
         (layer, unit): RoutedUnit(
-            Forecaster(normal(rank, d, scale=d**-0.5), normal(d, rank, scale=0.4), normal(d, scale=0.1)),
+            Forecaster(normal(rank, d, scale=d**-0.5), normal(rank), normal(d, rank, scale=0.4), normal(d, scale=0.1)),
             Router(normal(width, d, scale=d**-0.5), normal(width), normal(1, width, scale=3.0), normal(1, scale=0.3)),
         )
         for layer in range(checkpoint.config.num_hidden_layers)
-        for unit in UNITS
+        for unit in units
     }
-    reachable = Budget.of(checkpoint.config, rank, width).reachable
+    reachable = Budget.of(checkpoint.config, routed, kv_cache).reachable
     sparsity = [reachable * step / 8 for step in range(1, 9)]
     threshold = [-3.0 + 6.0 * step / 8 for step in range(1, 9)]
-    metadata = {"sparsity": 0.4, "base_model": checkpoint.name, "weights_sha256": checkpoint.weights_sha256}
-    return Routing(units, Curve(sparsity, threshold), metadata)
+    metadata = {
+        "sparsity": 0.4,
+        "base_model": checkpoint.name,
+        "weights_sha256": checkpoint.weights_sha256,
+        "kv_cache": kv_cache,
+    }
+    return Routing(routed, Curve(sparsity, threshold), metadata)

@@ -2,6 +2,7 @@
 
 import math
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +13,15 @@ from ir_convert.errors import UserError
 from ir_convert.routing import Curve, Routing
 
 
-def test_round_trip(random_model, tmp_path):
+@pytest.mark.parametrize("missing", [[], [(1, "attention")], [(layer, "attention") for layer in range(3)]])
+def test_round_trip(random_model, tmp_path, missing):
     _, _, _, routing = random_model
+    units = {key: unit for key, unit in routing.units.items() if key not in missing}
+    lora = {
+        "model.layers.0.mlp.up_proj.weight": (torch.randn(2, 48), torch.randn(80, 2)),
+        "model.layers.2.self_attn.q_proj.weight": (torch.randn(3, 48), torch.randn(48, 3)),
+    }
+    routing = replace(routing, units=units, lora=lora)
     routing.save(tmp_path / "r.safetensors")
     assert os.listdir(tmp_path) == ["r.safetensors"]
     again = Routing.load(tmp_path / "r.safetensors")
@@ -23,6 +31,21 @@ def test_round_trip(random_model, tmp_path):
     for key, unit in routing.units.items():
         for name, tensor in unit.tensors().items():
             assert torch.equal(again.units[key].tensors()[name], tensor)
+    assert set(again.lora) == set(lora)
+    for name, factors in lora.items():
+        assert all(map(torch.equal, again.lora[name], factors))
+    assert again.kv_cache == "full"
+    assert replace(again, metadata={"kv_cache": "strict"}).kv_cache == "strict"
+
+
+def test_low_rank_changes_are_folded_into_what_is_read(random_model):
+    _, _, checkpoint, _ = random_model
+    name, other = (f"model.layers.1.mlp.{projection}_proj.weight" for projection in ("down", "up"))
+    a, b = torch.randn(2, 80), torch.randn(48, 2)
+    folded = checkpoint.with_lora({name: (a, b)})
+    torch.testing.assert_close(folded.read(name), checkpoint.read(name) + b @ a)
+    torch.testing.assert_close(folded.read_layer(1)["mlp.down_proj.weight"], checkpoint.read(name) + b @ a)
+    assert folded.read(other).equal(checkpoint.read(other))
 
 
 @given(st.floats(0.01, 0.8), st.floats(0.01, 0.8))

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from ir_convert.checkpoint import Checkpoint
 from ir_convert.errors import UserError
 from ir_convert.export.onnx import write
+from ir_convert.routing import Curve
 from ir_convert.runtime import OnnxModel
 
 NO_END: tuple[int, ...] = ()
@@ -110,6 +111,44 @@ def test_sparsity(base, model):
     assert OnnxModel.load(base[1] / "ir-tiny.onnx", sparsity=0.2).threshold == pytest.approx(model.curve.at(0.2))
     assert OnnxModel.load(base[1], threshold=1.5).threshold == 1.5
     assert model.eos_ids == {2}
+
+
+@pytest.mark.parametrize("kv_cache", ["full", "strict"])
+def test_holds_a_sparsity_that_the_curve_misses(tmp_path, kv_cache):
+    """Random scores straddle 0, which saves about 0.4; this curve is off by 2. Half of each batch is padding."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "onnx").mkdir()
+    save_random("llama", tmp_path / "base")
+    checkpoint = Checkpoint.open(str(tmp_path / "base"))
+    routing = random_routing(checkpoint, kv_cache=kv_cache)
+    routing.curve = Curve([0.2, 0.4, 0.6], [-3.0, -2.0, -1.0])
+    write(checkpoint, routing, tmp_path / "onnx", "m.onnx")
+    model, generator = OnnxModel.load(tmp_path / "onnx", threads=1), np.random.default_rng(0)
+    model.threshold = 0.5
+    mask = np.repeat([[0, 1]], 128, axis=1).repeat(2, axis=0)
+
+    def run() -> float:
+        model.logits(generator.integers(3, 131, (2, 256)), mask)
+        return model.saved
+
+    with model.hold_sparsity(0.4) as control:
+        assert model.threshold == -2.0
+        saved = [run() for _ in range(30)]
+        assert model.threshold == control.threshold > -1.0
+    assert saved[0] < 0.3
+    assert abs(np.mean(saved[-10:]) - 0.4) < 0.02
+    run()
+    assert model.threshold == 0.5
+    with pytest.raises(UserError, match="out of reach"), model.hold_sparsity(0.61):
+        pass
+
+    with model.hold_sparsity(0.4, gain=1.0):  # 256 real tokens in single steps move it once, and padding never does
+        first = model.threshold
+        for _ in range(255):
+            model.logits(np.array([[5], [7]]), np.array([[1], [0]]))
+        assert model.threshold == first
+        model.logits(np.array([[5], [7]]), np.array([[1], [0]]))
+        assert model.threshold == pytest.approx(first + 0.4 - model.saved)
 
 
 def test_tokenizer_from_the_folder(base, model, tmp_path):

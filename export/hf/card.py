@@ -34,6 +34,8 @@ model.set_sparsity(0.2)  # any share up to {routing.curve.sparsity[-1]:.3f}; 0 i
 with model.routing_statistics() as seen:
     model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=20)
 print(seen.sparsity, seen.decisions)  # shares of FLOPs and of decisions saved
+with model.hold_sparsity(0.2):  # moves the threshold, where the text drifts from the one it was measured on
+    model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=2000)
 ```
 
 It runs with transformers 4.57 and 5, `attn_implementation` `sdpa` or `eager`.

@@ -9,15 +9,17 @@ import numpy as np
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 # Transformers tells modeling code apart by the source of *this* file: it has to change whenever the others do.
-MODELING_SHA256 = "6bbf1467c85d"
+MODELING_SHA256 = "2c596e931aa6"
 
 
 class InformedRouting:
     """What routing adds to a family's configuration.
 
     Attributes:
-        forecaster_rank: rank of the forecasters: one number, or ``{"attention": [per layer], "mlp": [per layer]}``.
+        forecaster_rank: rank of the forecasters: one number, or ``{"attention": [per layer], "mlp": [per layer]}``, with
+            None for a unit that is not routed.
         router_width: hidden width of the routers, in the same form.
+        kv_cache: ``full``, keys and values are kept for every token, or ``strict``, for executed tokens only.
         sparsity: the share of FLOPs to save that was asked for.
         routing_threshold: a token executes where its score lies above. ``"-inf"`` executes all, ``"inf"`` none
             (strings, for JSON has no infinity).
@@ -26,19 +28,20 @@ class InformedRouting:
     """
 
     # No __init__: either line of transformers keeps the keywords it does not know as attributes.
-    forecaster_rank: int | dict[str, list[int]] = 1
-    router_width: int | dict[str, list[int]] = 1
+    forecaster_rank: int | dict[str, list[int | None]] = 1
+    router_width: int | dict[str, list[int | None]] = 1
+    kv_cache: str = "full"
     sparsity: float = 0.0
     routing_threshold: float | str = "-inf"
     sparsity_curve: dict[str, list[float]] | None = None
     ir_convert_version: str | None = None
 
-    def routing_shape(self, layer: int, unit: str) -> tuple[int, int]:
-        """Returns the forecaster's rank and the router's width of one unit, ``attention`` or ``mlp``."""
+    def routing_shape(self, layer: int, unit: str) -> tuple[int, int] | None:
+        """Returns rank and router width of one unit, ``attention`` or ``mlp``; None where it is not routed."""
         rank, width = (
             size if isinstance(size, int) else size[unit][layer] for size in (self.forecaster_rank, self.router_width)
         )
-        return rank, width
+        return None if rank is None or width is None else (rank, width)
 
     def set_sparsity(self, sparsity: float) -> None:
         """Sets ``routing_threshold`` to save this share of the FLOPs; see the model's method of that name."""

@@ -5,10 +5,12 @@ Each unit (attention, MLP) of each layer sees the normalised hidden states h and
     unit(h) if score(h) > threshold else forecast(h)
 
 Only executed tokens are computed: they are gathered, run through the unit, and put back into the forecast. Keys and
-values are computed for every token, so that later tokens can attend to it. ``model.set_sparsity(0.3)`` moves the
-threshold; at 0 the model is the dense one. Decisions are deterministic.
+values are computed for every token, so that later tokens can attend to it; with ``config.kv_cache`` "strict", for executed
+tokens only. A unit that is not routed is the base model's own. ``model.set_sparsity(0.3)`` moves the threshold; at 0 the
+model is the dense one. Decisions are deterministic.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +22,8 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2ForCau
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3ForCausalLM, Qwen3MLP
 
 from .configuration_ir import IRLlamaConfig, IRMistralConfig, IRQwen2Config, IRQwen3Config
-from .routed_ir import Count, RoutedAttention, RoutedMLP, RoutedUnit
+from .control_ir import GAIN, SparsityControl
+from .routed_ir import Count, RoutedAttention, RoutedMLP, RoutedUnit, flops
 
 # A layer's units, by the name of their module.
 UNITS = {"self_attn": "attention", "mlp": "mlp"}
@@ -28,31 +31,44 @@ UNITS = {"self_attn": "attention", "mlp": "mlp"}
 
 @dataclass
 class RoutingStatistics:
-    """What every unit did while observed; padding counts like any token.
+    """What every routed unit did while observed; padding counts like any token.
 
     Attributes:
         counts: by (layer, ``attention`` or ``mlp``).
     """
 
-    counts: dict[tuple[int, str], Count] = field(default_factory=dict)
-    _units: dict[tuple[int, str], RoutedUnit] = field(default_factory=dict, repr=False)
+    counts: dict[tuple[int, str], Count]
+    _units: dict[tuple[int, str], RoutedUnit] = field(repr=False)
+    _layers: Any = field(repr=False)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that went through the model."""
+        return max((count.tokens for count in self.counts.values()), default=0)
 
     @property
     def decisions(self) -> float:
-        """The share of decisions that approximated."""
-        tokens = sum(count.tokens for count in self.counts.values())
-        return sum(count.tokens - count.executed for count in self.counts.values()) / max(tokens, 1)
+        """The share of decisions that approximated; units that are not routed always execute."""
+        approximated = sum(count.tokens - count.executed for count in self.counts.values())
+        return approximated / max(self.tokens * len(UNITS) * len(self._layers), 1)
 
     @property
     def sparsity(self) -> float:
         """The share of the layers' linear FLOPs saved, forecaster and router cost subtracted."""
-        saved = dense = 0
-        for key, count in self.counts.items():
-            unit = self._units[key]
-            dense += count.tokens * unit.flops(*unit.projections)
-            saved += (count.tokens - count.executed) * unit.flops(*unit.skipped)
-            saved -= count.routed * unit.flops("forecaster.down", "forecaster.up", "router.hidden", "router.score")
-        return saved / max(dense, 1)
+        dense = sum(
+            flops(layer.self_attn, *RoutedAttention.projections) + flops(layer.mlp, *RoutedMLP.projections)
+            for layer in self._layers
+        )
+        saved = sum(
+            (count.tokens - count.executed) * self._units[key].saved - count.routed * self._units[key].overhead
+            for key, count in self.counts.items()
+        )
+        return saved / max(self.tokens * dense, 1)
+
+    def clear(self) -> None:
+        """Counts from zero again."""
+        for count in self.counts.values():
+            count.tokens = count.executed = count.routed = 0
 
 
 class InformedRouting:
@@ -63,6 +79,7 @@ class InformedRouting:
     config: Any
     model: Any
     post_init: Any
+    register_forward_hook: Any
     # Other attention kernels take no rows of a mask, and which tokens execute is data: nothing to compile whole.
     _supports_flash_attn = False
     _supports_flex_attn = False
@@ -72,8 +89,10 @@ class InformedRouting:
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
         for index, layer in enumerate(self.model.layers):
-            layer.self_attn = self.attention(config, index)
-            layer.mlp = self.mlp(config, index)
+            if config.routing_shape(index, "attention"):
+                layer.self_attn = self.attention(config, index)
+            if config.routing_shape(index, "mlp"):
+                layer.mlp = self.mlp(config, index)
         self._keep_in_fp32_modules_strict: Any = {"score"}
         self.post_init()
 
@@ -92,15 +111,44 @@ class InformedRouting:
             (index, unit): getattr(layer, module)
             for index, layer in enumerate(self.model.layers)
             for module, unit in UNITS.items()
+            if isinstance(getattr(layer, module), RoutedUnit)
         }
-        statistics = RoutingStatistics({key: Count() for key in units}, units)
+        statistics = RoutingStatistics({key: Count() for key in units}, units, self.model.layers)
         for key, unit in units.items():
-            unit.count = statistics.counts[key]
+            unit.counts.append(statistics.counts[key])
         try:
             yield statistics
         finally:
-            for unit in units.values():
-                unit.count = None
+            for key, unit in units.items():
+                unit.counts = [count for count in unit.counts if count is not statistics.counts[key]]
+
+    @contextmanager
+    def hold_sparsity(self, sparsity: float, gain: float = GAIN) -> Iterator[SparsityControl]:
+        """Inside a ``with`` block, moves the threshold as text drifts, so that what is saved stays at ``sparsity``.
+
+        Args:
+            sparsity: the share of FLOPs to save.
+            gain: how far the threshold moves for each unit of sparsity missed over 256 tokens.
+
+        Raises:
+            ValueError: negative, or more than the routing reaches.
+        """
+        before = self.config.sparsity, self.config.routing_threshold
+        self.set_sparsity(sparsity)
+        control = SparsityControl(sparsity, float(self.config.routing_threshold), gain)
+        with self.routing_statistics() as seen:
+
+            def move(*_: Any) -> None:
+                threshold = control.observe(seen.sparsity, seen.tokens)
+                self.config.routing_threshold = threshold if math.isfinite(threshold) else str(threshold)
+                seen.clear()
+
+            hook = self.register_forward_hook(move)
+            try:
+                yield control
+            finally:
+                hook.remove()
+                self.config.sparsity, self.config.routing_threshold = before
 
 
 class IRLlamaAttention(RoutedAttention, LlamaAttention): ...  # type: ignore[misc]

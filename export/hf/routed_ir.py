@@ -17,11 +17,11 @@ class Forecaster(nn.Module):
 
     def __init__(self, hidden_size: int, rank: int) -> None:
         super().__init__()
-        self.down = nn.Linear(hidden_size, rank, bias=False)
+        self.down = nn.Linear(hidden_size, rank)
         self.up = nn.Linear(rank, hidden_size)
 
     def forward(self, h: Tensor) -> Tensor:
-        return self.up(self.down(h))
+        return self.up(F.silu(self.down(h)))
 
 
 class Router(nn.Module):
@@ -47,14 +47,15 @@ class Count:
 
 
 class RoutedUnit(nn.Module):
-    """What attention and MLP share. ``count`` is there while someone observes, see ``routing_statistics``."""
+    """What attention and MLP share."""
 
     projections: tuple[str, ...]  # all of the unit's
     skipped: tuple[str, ...]  # those that an approximated token saves
-    count: Count | None = None
+    counts: list[Count]  # one for everyone who observes, see ``routing_statistics``
     config: Any
 
     def add_routing(self, config: Any, layer: int, unit: str) -> None:
+        self.counts = []
         rank, width = config.routing_shape(layer, unit)
         self.forecaster = Forecaster(config.hidden_size, rank)
         self.router = Router(config.hidden_size, width)
@@ -66,16 +67,27 @@ class RoutedUnit(nn.Module):
         where = None if dense else (self.router(h) > threshold).nonzero(as_tuple=True)
         tokens = h.shape[0] * h.shape[1]
         executed = tokens if where is None else len(where[0])
-        if self.count is not None:
-            self.count.tokens += tokens
-            self.count.executed += executed
-            self.count.routed += 0 if dense else tokens
+        for count in self.counts:
+            count.tokens += tokens
+            count.executed += executed
+            count.routed += 0 if dense else tokens
         return None if executed == tokens else where
 
-    def flops(self, *names: str) -> int:
-        """Returns the FLOPs per token of the named linear modules."""
-        modules: list[Any] = [self.get_submodule(name) for name in names]
-        return sum(2 * module.in_features * module.out_features for module in modules)
+    @property
+    def saved(self) -> int:
+        """FLOPs that an approximated token saves."""
+        return flops(self, *self.skipped)
+
+    @property
+    def overhead(self) -> int:
+        """FLOPs of forecaster and router, for every token."""
+        return flops(self, "forecaster.down", "forecaster.up", "router.hidden", "router.score")
+
+
+def flops(unit: nn.Module, *names: str) -> int:
+    """Returns the FLOPs per token of a unit's linear modules."""
+    modules: list[Any] = [unit.get_submodule(name) for name in names]
+    return sum(2 * module.in_features * module.out_features for module in modules)
 
 
 class RoutedMLP(RoutedUnit):
@@ -101,7 +113,7 @@ class RoutedAttention(RoutedUnit):
     """Mixed in before a family's attention."""
 
     projections = ("q_proj", "k_proj", "v_proj", "o_proj")
-    skipped = ("q_proj", "o_proj")
+    skipped: tuple[str, ...] = ("q_proj", "o_proj")
     q_proj: nn.Linear
     k_proj: nn.Linear
     v_proj: nn.Linear
@@ -115,6 +127,9 @@ class RoutedAttention(RoutedUnit):
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         self.add_routing(config, layer_idx, "attention")
+        self.strict = config.kv_cache == "strict"
+        if self.strict:
+            self.skipped = self.projections
 
     def forward(
         self,
@@ -124,8 +139,15 @@ class RoutedAttention(RoutedUnit):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Like the family's; attention weights are returned only where every token executes."""
+        """Like the family's; attention weights are returned only where every token executes.
+
+        With a strict KV cache, an approximated token's keys and values are zero, and no token sees a key that is zero in
+        every head: the cache itself says who is in it.
+        """
         where = self.executed(hidden_states)
+        if where is None and self.strict and past_key_values is not None:  # the cache may hold gaps
+            rows, columns = hidden_states.new_ones(hidden_states.shape[:2]).nonzero(as_tuple=True)
+            where = rows, columns
         if where is None:
             return super().forward(
                 hidden_states=hidden_states,
@@ -137,8 +159,8 @@ class RoutedAttention(RoutedUnit):
         if self.config._attn_implementation not in ("sdpa", "eager"):
             raise ValueError(f"routed attention runs with 'sdpa' or 'eager', not '{self.config._attn_implementation}'")
         output = self.forecaster(hidden_states)
-        keys = self._heads(self.k_proj, "k_norm", hidden_states).transpose(1, 2)
-        values = self._heads(self.v_proj, "", hidden_states).transpose(1, 2)
+        keys = self._kept(self.k_proj, "k_norm", hidden_states, where)
+        values = self._kept(self.v_proj, "", hidden_states, where)
         cos, sin = position_embeddings
         keys = rotate(keys, cos.unsqueeze(1), sin.unsqueeze(1))
         if past_key_values is not None:
@@ -157,6 +179,15 @@ class RoutedAttention(RoutedUnit):
         """Projects ``[..., hidden]`` -> ``[..., heads, head_dim]``, normalised per head in the families that do."""
         heads = projection(h).unflatten(-1, (-1, self.head_dim))
         return getattr(self, norm)(heads) if hasattr(self, norm) else heads
+
+    def _kept(self, projection: nn.Module, norm: str, h: Tensor, where: Where) -> Tensor:
+        """Keys or values of the tokens that leave some ``[batch, kv_heads, sequence, head_dim]``, zero elsewhere."""
+        if not self.strict:
+            return self._heads(projection, norm, h).transpose(1, 2)
+        heads = self._heads(projection, norm, h[where])
+        kept = heads.new_zeros(*h.shape[:2], *heads.shape[1:])
+        kept[where] = heads
+        return kept.transpose(1, 2)
 
     def _attend(
         self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, where: Where, length: int
@@ -191,6 +222,14 @@ class RoutedAttention(RoutedUnit):
         elif length > 1:
             keys, values = keys[:, :, :length], values[:, :, :length]
             mask = (positions.unsqueeze(-1) >= torch.arange(length, device=rows.device)).unsqueeze(1)
+        if self.strict:
+            kept = keys.ne(0).any(-1).any(1)[:, None, None]
+            if mask is None:
+                mask = kept
+            elif mask.dtype == torch.bool:
+                mask = mask & kept
+            else:
+                mask = mask.masked_fill(~kept, torch.finfo(mask.dtype).min)
         if longest == 1 and (mask is None or mask.shape[1] == 1):
             # One query per row: the heads of a group take the place of queries, and the cache is not copied.
             padded = padded.reshape(batch, -1, groups, self.head_dim)

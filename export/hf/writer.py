@@ -20,12 +20,13 @@ from .card import model_card
 from .configuration_ir import rope_of_version_4
 from .loader import MODELS
 
-CODE = ("configuration_ir.py", "modeling_ir.py", "routed_ir.py")
+CODE = ("configuration_ir.py", "modeling_ir.py", "routed_ir.py", "control_ir.py")
 SHARD_BYTES = 2 * 10**9
 
 # Names in a RoutedUnit (units.py) and in the module of the checkpoint (routed_ir.py).
 PARAMETERS = {
     "forecaster.down": "forecaster.down.weight",
+    "forecaster.down_bias": "forecaster.down.bias",
     "forecaster.up": "forecaster.up.weight",
     "forecaster.bias": "forecaster.up.bias",
     "router.hidden": "router.hidden.weight",
@@ -53,6 +54,7 @@ def write(
         on_progress: called with (layers written, layers).
         shard_bytes: weight files are about this large at most, and so is the memory needed.
     """
+    checkpoint = checkpoint.with_lora(routing.lora)
     dtype = dtype or checkpoint.stored_dtype
     _write_json(folder / "config.json", _config(checkpoint, routing, dtype))
     for name in CODE:
@@ -74,7 +76,7 @@ def _config(checkpoint: Checkpoint, routing: Routing, dtype: torch.dtype) -> dic
         values.pop(name, None)
     model = MODELS[f"ir_{checkpoint.config.model_type}"]
     configuration = model.config_class
-    routed = [[routing.units[layer, unit] for layer in range(routing.layers)] for unit in UNITS]
+    layers = checkpoint.config.num_hidden_layers
     return (
         values
         | _rope(checkpoint)
@@ -87,8 +89,9 @@ def _config(checkpoint: Checkpoint, routing: Routing, dtype: torch.dtype) -> dic
             },
             "dtype": str(dtype).removeprefix("torch."),
             "tie_word_embeddings": checkpoint.tied,
-            "forecaster_rank": _sizes([[unit.forecaster.down.shape[0] for unit in units] for units in routed]),
-            "router_width": _sizes([[unit.router.hidden.shape[0] for unit in units] for units in routed]),
+            "forecaster_rank": _sizes(routing, layers, lambda unit: unit.forecaster.rank),
+            "router_width": _sizes(routing, layers, lambda unit: unit.router.width),
+            "kv_cache": routing.kv_cache,
             "sparsity": routing.sparsity,
             # JSON has no infinity; float() reads the string.
             "routing_threshold": "-inf" if routing.sparsity <= 0 else routing.threshold,
@@ -108,10 +111,12 @@ def _rope(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"rope_parameters": parameters, **rope_of_version_4(parameters)}
 
 
-def _sizes(sizes: list[list[int]]) -> int | dict[str, list[int]]:
-    """Returns one number where all units are alike, else a list over layers for each unit."""
-    flat = {size for row in sizes for size in row}
-    return flat.pop() if len(flat) == 1 else dict(zip(UNITS, sizes, strict=True))
+def _sizes(routing: Routing, layers: int, size: Callable[[RoutedUnit], int]) -> int | dict[str, list[int | None]]:
+    """Returns one number where all units are routed and alike, else a list over layers for each unit."""
+    sizes = {key: size(unit) for key, unit in routing.units.items()}
+    if len(sizes) == layers * len(UNITS) and len(set(sizes.values())) == 1:
+        return sizes[0, UNITS[0]]
+    return {unit: [sizes.get((layer, unit)) for layer in range(layers)] for unit in UNITS}
 
 
 def _name_tokenizer_class(checkpoint: Checkpoint, folder: Path) -> None:
@@ -132,16 +137,18 @@ def _tensors(
     """Yields every tensor of the checkpoint by name, reading them one layer at a time."""
     family = checkpoint.family
     yield family.embedding, checkpoint.read(family.embedding, dtype)
-    for layer in range(routing.layers):
+    layers = checkpoint.config.num_hidden_layers
+    for layer in range(layers):
         for name, tensor in checkpoint.read_layer(layer, dtype).items():
             if "rotary_emb" not in name:  # old checkpoints store RoPE's frequencies; models compute them
                 yield f"{family.layers}.{layer}.{name}", tensor
         for unit in UNITS:
             prefix = f"{family.layers}.{layer}.{family.unit(unit).module}"
-            for name, tensor in _parameters(routing.units[layer, unit]).items():
-                yield f"{prefix}.{name}", tensor
+            if routed := routing.units.get((layer, unit)):
+                for name, tensor in _parameters(routed).items():
+                    yield f"{prefix}.{name}", tensor
         if on_progress:
-            on_progress(layer + 1, routing.layers)
+            on_progress(layer + 1, layers)
     yield family.final_norm, checkpoint.read(family.final_norm, dtype)
     if not checkpoint.tied:
         yield family.head, checkpoint.read(family.head, dtype)

@@ -49,11 +49,12 @@ def write(
     if dtype not in DTYPES:
         known = " or ".join(str(known).removeprefix("torch.") for known in DTYPES)
         raise UserError(f"dtype {str(dtype).removeprefix('torch.')} is not supported in ONNX; choose {known}")
-    if routing.layers != checkpoint.config.num_hidden_layers:
+    layers = checkpoint.config.num_hidden_layers
+    if foreign := [layer for layer, _ in routing.units if layer >= layers]:
         raise UserError(
-            f"the routing is for {routing.layers} layers, {checkpoint.name} has {checkpoint.config.num_hidden_layers}: "
-            "calibrate this model"
+            f"the routing is for {max(foreign) + 1} layers, {checkpoint.name} has {layers}: calibrate this model"
         )
+    checkpoint = checkpoint.with_lora(routing.lora)
 
     def report(_: ir.TensorProtocol, info: ir.external_data.CallbackInfo) -> None:
         if on_progress is not None:

@@ -1,9 +1,10 @@
-"""The routed units as ONNX functions: what a unit does with a decision, in standard operators.
+"""A layer's units as ONNX functions, routed and plain: what a unit does with a decision, in standard operators.
 
     output[b, s] = unit(h)[b, s]  where execute[b, s],  else forecast[b, s]
 
 Only executed tokens enter the matrix products that routing saves: one index of executed rows, ``rows``, is shared by all
-gathers of a unit and by the scatter that merges its output into the forecast. Keys and values are computed for every token.
+gathers of a unit and by the scatter that merges its output into the forecast. Keys and values are computed for every
+token; with a strict KV cache for executed tokens only. A plain unit takes neither forecast nor execute.
 
 The signatures are stable: a native library may register kernels under the same names (domain ``ir``), which then replace
 these bodies. Every call passes the inputs in the order of ``ATTENTION_INPUTS`` or ``MLP_INPUTS``; an optional input that a
@@ -35,13 +36,14 @@ ATTENTION_INPUTS = (
     *("h", "forecast", "execute", "cos", "sin", "mask", "past_key", "past_value"),
     *("q_weight", "k_weight", "v_weight", "o_weight", "q_bias", "k_bias", "v_bias", "o_bias", "q_norm", "k_norm"),
 )
+ROUTING = ("forecast", "execute")  # the inputs that a plain unit is without
 OPTIONAL = frozenset(name for name in MLP_INPUTS + ATTENTION_INPUTS if name.endswith(("_bias", "_norm")))
 
 Inputs = dict[str, Any]  # ir.Value by name; None where an optional input is absent
 
 
-def routed_mlp(optional: Collection[str] = ()) -> ir.Function:
-    """Builds ``ir.RoutedMLP``.
+def mlp(optional: Collection[str] = (), routed: bool = True) -> ir.Function:
+    """Builds ``ir.RoutedMLP``, or ``ir.DenseMLP``.
 
     Inputs (``MLP_INPUTS``), S tokens in each of B sequences, T a float type:
         h ``T[B, S, d]``: normalised hidden states. forecast ``T[B, S, d]``. execute ``bool[B, S]``.
@@ -50,27 +52,40 @@ def routed_mlp(optional: Collection[str] = ()) -> ir.Function:
 
     Args:
         optional: the optional inputs that every call provides.
+        routed: whether tokens are chosen; if not, forecast and execute are no inputs.
     """
-    return _function("RoutedMLP", _mlp, MLP_INPUTS, ("output",), optional, [], _MLP_DOC)
+    name, body, doc = ("RoutedMLP", _routed_mlp, _ROUTED_MLP) if routed else ("DenseMLP", _dense_mlp, _DENSE_MLP)
+    return _function(name, body, _inputs(MLP_INPUTS, routed), ("output",), optional, [], doc)
 
 
-def routed_attention(optional: Collection[str] = ()) -> ir.Function:
-    """Builds ``ir.RoutedAttention``.
+def attention(optional: Collection[str] = (), routed: bool = True, kv_cache: str = "full") -> ir.Function:
+    """Builds ``ir.RoutedAttention``, ``ir.RoutedAttentionStrict`` or ``ir.DenseAttention``.
 
     Inputs (``ATTENTION_INPUTS``), S new tokens after P cached ones in each of B sequences, H query heads, K key/value heads
     of width D, T a float type:
         h ``T[B, S, d]``: normalised hidden states. forecast ``T[B, S, d]``. execute ``bool[B, S]``.
         cos, sin ``T[B, S, D / 2]``: rotary embedding of each new token.
-        mask ``bool[B, S, P + S]``: True where a query sees a key.
+        mask ``bool[B, S, P + S]``: True where a query sees a key; every query sees some.
         past_key, past_value ``T[B, K, P, D]``.
         q_weight ``T[d, H D]``, k_weight, v_weight ``T[d, K D]``, o_weight ``T[H D, d]``; optional biases; optional q_norm,
         k_norm ``T[D]``: RMS norm of each head before the rotary embedding.
     Outputs: output ``T[B, S, d]``; present_key, present_value ``T[B, K, P + S, D]``.
     Attributes: num_heads, kv_num_heads (int); scale (float) of the scores; epsilon (float) of q_norm and k_norm.
 
+    Strict: an approximated token's keys and values are exactly zero, and a token whose key is zero in every head is seen by
+    no query. So the cache itself says who is in it, in the shape that every runtime expects.
+
     Args:
         optional: the optional inputs that every call provides.
+        routed: whether tokens are chosen; if not, forecast and execute are no inputs.
+        kv_cache: of a routed unit: ``full``, keys and values for every token, or ``strict``, for executed tokens only.
     """
+    if not routed:
+        name, body, doc = "DenseAttention", _dense_attention, _DENSE_ATTENTION
+    elif kv_cache == "strict":
+        name, body, doc = "RoutedAttentionStrict", _strict_attention, _STRICT_ATTENTION
+    else:
+        name, body, doc = "RoutedAttention", _routed_attention, _ROUTED_ATTENTION
     attributes = [
         ir.Attr("num_heads", ir.AttributeType.INT, None),
         ir.Attr("kv_num_heads", ir.AttributeType.INT, None),
@@ -78,46 +93,98 @@ def routed_attention(optional: Collection[str] = ()) -> ir.Function:
         ir.Attr("epsilon", ir.AttributeType.FLOAT, None),
     ]
     outputs = ("output", "present_key", "present_value")
-    return _function("RoutedAttention", _attention, ATTENTION_INPUTS, outputs, optional, attributes, _ATTENTION_DOC)
+    return _function(name, body, _inputs(ATTENTION_INPUTS, routed), outputs, optional, attributes, doc)
 
 
-_MLP_DOC = """\
+_DENSE_MLP = "output = down(silu(gate(h)) * up(h))."
+_ROUTED_MLP = """\
 output = down(silu(gate(h)) * up(h)) where execute, forecast elsewhere.
 Only the executed tokens' rows of h enter the products."""
-_ATTENTION_DOC = """\
+_DENSE_ATTENTION = """\
+k, v = key(h), value(h), appended to the cache;
+output = o(softmax(scale * q(h) k^T where mask) v)."""
+_ROUTED_ATTENTION = """\
 k, v = key(h), value(h), appended to the cache for every token;
 output = o(softmax(scale * q(h) k^T where mask) v) where execute, forecast elsewhere.
 Only the executed tokens' rows of h enter q, the scores and o."""
+_STRICT_ATTENTION = """\
+k, v = key(h), value(h) where execute, zero elsewhere, appended to the cache;
+output = o(softmax(scale * q(h) k^T where mask and k is not zero) v) where execute, forecast elsewhere.
+Only the executed tokens' rows of h enter q, k, v, the scores and o."""
 
 
-def _mlp(op: OpBuilder, x: Inputs) -> list[ir.Value]:
+def _dense_mlp(op: OpBuilder, x: Inputs) -> list[ir.Value]:
+    """h -> gate, up -> silu * -> down"""
+    return [_gated(op, x["h"], x)]
+
+
+def _routed_mlp(op: OpBuilder, x: Inputs) -> list[ir.Value]:
     """execute -> NonZero -> rows;  h -> GatherND(rows) -> gate, up -> silu * -> down -> ScatterND(forecast, rows)"""
     rows = _executed(op, x["execute"])  # [n, 2]
-    h = op.GatherND(x["h"], rows)  # [n, d]
-    gate, up = _linear(op, h, x, "gate"), _linear(op, h, x, "up")  # [n, f]
-    y = op.Mul(op.Mul(gate, op.Sigmoid(gate)), up)
-    return [op.ScatterND(x["forecast"], rows, _linear(op, y, x, "down"))]
+    return [op.ScatterND(x["forecast"], rows, _gated(op, op.GatherND(x["h"], rows), x))]
 
 
-def _attention(op: OpBuilder, x: Inputs) -> list[ir.Value]:
-    """h -> k, v -> (norm) -> rotary -> Concat(past) -> present;  If(any executed): _attend, else: forecast"""
-    key = _heads(op, _linear(op, x["h"], x, "k"), [0, 0], "kv_num_heads", [-1])  # [B, S, K, D]
-    key = op.Transpose(_norm(op, key, x["k_norm"]), perm=[0, 2, 1, 3])  # [B, K, S, D]
-    key = op.Concat(x["past_key"], op.RotaryEmbedding(key, x["cos"], x["sin"]), axis=2)  # [B, K, P + S, D]
-    value = _heads(op, _linear(op, x["h"], x, "v"), [0, 0], "kv_num_heads", [-1])
-    value = op.Concat(x["past_value"], op.Transpose(value, perm=[0, 2, 1, 3]), axis=2)
+def _gated(op: OpBuilder, h: ir.Value, x: Inputs) -> ir.Value:
+    """``[..., d]`` -> ``[..., d]``"""
+    gate, up = _linear(op, h, x, "gate"), _linear(op, h, x, "up")  # [..., f]
+    return _linear(op, op.Mul(op.Mul(gate, op.Sigmoid(gate)), up), x, "down")
 
+
+def _dense_attention(op: OpBuilder, x: Inputs) -> list[ir.Value]:
+    """h -> k, v -> present;  h -> q -> (norm) -> rotary -> Attention -> o"""
+    key, value = _append(op, x, _linear(op, x["h"], x, "k"), _linear(op, x["h"], x, "v"))
+    query = _heads(op, _linear(op, x["h"], x, "q"), [0, 0], "num_heads", [-1])
+    query = op.Transpose(_norm(op, query, x["q_norm"]), perm=[0, 2, 1, 3])  # [B, H, S, D]
+    query = op.RotaryEmbedding(query, x["cos"], x["sin"])
+    y = _core(op, query, key, value, op.Unsqueeze(x["mask"], [1]))  # [B, S, H, D]
+    return [_linear(op, op.Reshape(y, [0, 0, -1]), x, "o"), key, value]
+
+
+def _routed_attention(op: OpBuilder, x: Inputs) -> list[ir.Value]:
+    """h -> k, v -> present;  If(any executed): _attend, else: forecast"""
+    key, value = _append(op, x, _linear(op, x["h"], x, "k"), _linear(op, x["h"], x, "v"))
     rows = _executed(op, x["execute"])  # [n, 2]
-    # Attention takes no empty batch, so a step in which nothing executes goes around it.
-    output = op.If(
+    return [_if_any(op, x, rows, lambda op: _attend(op, x, rows, key, value, x["mask"])), key, value]
+
+
+def _strict_attention(op: OpBuilder, x: Inputs) -> list[ir.Value]:
+    """execute -> rows;  h -> GatherND(rows) -> k, v -> ScatterND(0, rows) -> present;  as _routed_attention"""
+    rows = _executed(op, x["execute"])  # [n, 2]
+    h = op.GatherND(x["h"], rows)  # [n, d]
+
+    def project(name: str) -> ir.Value:
+        shape = op.Concat(op.Shape(x["execute"]), op.Shape(x[f"{name}_weight"], start=1), axis=0)
+        return op.ScatterND(op.Expand(op.CastLike(0.0, h), shape), rows, _linear(op, h, x, name))  # [B, S, K D]
+
+    # Zero stays zero under the norm and the rotary embedding.
+    key, value = _append(op, x, project("k"), project("v"))
+
+    def attend(op: OpBuilder) -> ir.Value:
+        kept = op.Greater(op.ReduceMax(op.Abs(key), [1, 3], keepdims=0), op.CastLike(0.0, key))  # [B, P + S]
+        return _attend(op, x, rows, key, value, op.And(x["mask"], op.Unsqueeze(kept, [1])))
+
+    return [_if_any(op, x, rows, attend), key, value]
+
+
+def _append(op: OpBuilder, x: Inputs, key: ir.Value, value: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """k, v ``[B, S, K D]`` -> (norm) -> rotary of k -> Concat(past): both ``[B, K, P + S, D]``"""
+    key = _heads(op, key, [0, 0], "kv_num_heads", [-1])  # [B, S, K, D]
+    key = op.Transpose(_norm(op, key, x["k_norm"]), perm=[0, 2, 1, 3])  # [B, K, S, D]
+    value = op.Transpose(_heads(op, value, [0, 0], "kv_num_heads", [-1]), perm=[0, 2, 1, 3])
+    key = op.RotaryEmbedding(key, x["cos"], x["sin"])
+    return op.Concat(x["past_key"], key, axis=2), op.Concat(x["past_value"], value, axis=2)
+
+
+def _if_any(op: OpBuilder, x: Inputs, rows: ir.Value, attend: Callable[[OpBuilder], ir.Value]) -> ir.Value:
+    """Attention takes no empty batch, so a step in which nothing executes goes around it."""
+    return op.If(
         op.Greater(op.Shape(rows, end=1), 0),
-        then_branch=_branch(op, "executed", lambda op: _attend(op, x, rows, key, value)),
+        then_branch=_branch(op, "executed", attend),
         else_branch=_branch(op, "approximated", lambda op: op.Identity(x["forecast"])),
     )
-    return [output, key, value]
 
 
-def _attend(op: OpBuilder, x: Inputs, rows: ir.Value, key: ir.Value, value: ir.Value) -> ir.Value:
+def _attend(op: OpBuilder, x: Inputs, rows: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Value) -> ir.Value:
     """h -> GatherND(rows) -> q -> (norm) -> rotary -> Gather(slots) -> Attention -> GatherND(used) -> o -> ScatterND
 
     Sequences execute different numbers of tokens. The products run on exactly the n executed rows; only for the attention
@@ -134,10 +201,15 @@ def _attend(op: OpBuilder, x: Inputs, rows: ir.Value, key: ir.Value, value: ir.V
     slots = op.Where(used, op.Add(op.CumSum(counts, 0, exclusive=1), ranks), 0)  # [B, W]: which of the n rows
 
     query = op.Transpose(op.Squeeze(op.Gather(query, slots), [3]), perm=[0, 2, 1, 3])  # [B, H, W, D]
-    mask = op.Unsqueeze(op.GatherND(x["mask"], op.Gather(rows, slots)), [1])  # [B, 1, W, P + S]
-    y = op.Attention(query, key, value, mask, scale=_reference("scale", "scale", ir.AttributeType.FLOAT))
-    y = op.GatherND(op.Transpose(y, perm=[0, 2, 1, 3]), _executed(op, used))  # [n, H, D]
+    mask = op.Unsqueeze(op.GatherND(mask, op.Gather(rows, slots)), [1])  # [B, 1, W, P + S]
+    y = op.GatherND(_core(op, query, key, value, mask), _executed(op, used))  # [n, H, D]
     return op.ScatterND(x["forecast"], rows, _linear(op, op.Reshape(y, [0, -1]), x, "o"))
+
+
+def _core(op: OpBuilder, query: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Value) -> ir.Value:
+    """``[B, H, W, D]`` -> Attention -> ``[B, W, H, D]``"""
+    y = op.Attention(query, key, value, mask, scale=_reference("scale", "scale", ir.AttributeType.FLOAT))
+    return op.Transpose(y, perm=[0, 2, 1, 3])
 
 
 def _executed(op: OpBuilder, flags: ir.Value | None) -> ir.Value:
@@ -176,6 +248,10 @@ def _branch(op: OpBuilder, name: str, trace: Callable[[OpBuilder], ir.Value]) ->
 def _reference(name: str, attribute: str, kind: ir.AttributeType) -> ir.Attr:
     """A node attribute that takes the value of the function's attribute."""
     return ir.RefAttr(name, attribute, kind)
+
+
+def _inputs(names: tuple[str, ...], routed: bool) -> tuple[str, ...]:
+    return names if routed else tuple(name for name in names if name not in ROUTING)
 
 
 def _function(

@@ -3,15 +3,17 @@
 x = embedding(input_ids)
 in every layer, for attention, then for the MLP:
     h        = norm(x)
-    forecast = up(down(h)) + bias
+    forecast = up(silu(down(h)))
     execute  = score(h) > threshold
     x        = x + ir::RoutedAttention / ir::RoutedMLP (h, forecast, execute, weights)
+    or, where the unit is not routed,
+    x        = x + ir::DenseAttention / ir::DenseMLP (h, weights)
 logits = head(norm(x))
 """
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,12 +24,15 @@ from onnxscript import GraphBuilder
 
 import ir_convert
 from ir_convert.checkpoint import Checkpoint
-from ir_convert.families import head_dim, projection_sizes, sliding_windows
+from ir_convert.families import UNITS, head_dim, projection_sizes, sliding_windows
+from ir_convert.flops import Budget
 from ir_convert.routing import Routing
+from ir_convert.units import RoutedUnit
 
-from .functions import ATTENTION_INPUTS, DOMAIN, MLP_INPUTS, OPSET, VERSION, routed_attention, routed_mlp
+from .functions import DOMAIN, OPSET, VERSION, attention, mlp
 from .names import tidy
-from .positions import attention_masks, rotary_embedding, token_threshold
+from .positions import attention_masks, new_tokens, rotary_embedding, token_threshold
+from .saved import flops_saved
 from .weights import lazy_tensor
 
 IR_VERSION = 10
@@ -36,7 +41,8 @@ INT64, FLOAT = ir.DataType.INT64, ir.DataType.FLOAT
 _DOC = """\
 A decoder-only language model with informed routing. Every attention and MLP unit executes a token where the token's score
 is above routing_threshold, and adds a forecast of its output where it is not. routing_threshold is optional: -inf is the
-dense model, +inf approximates everything. Keys and values are computed for every token."""
+dense model, +inf approximates everything. routing_saved is the share of the linear FLOPs that this call saved. Keys and
+values are kept for {kept}."""
 
 
 def decoder(checkpoint: Checkpoint, routing: Routing, dtype: torch.dtype) -> ir.Model:
@@ -44,7 +50,8 @@ def decoder(checkpoint: Checkpoint, routing: Routing, dtype: torch.dtype) -> ir.
 
     Inputs, B sequences of S new tokens after P cached ones: int64 input_ids ``[B, S]``, attention_mask ``[B, P + S]``,
     position_ids ``[B, S]``; past_key_values.N.key and .value ``[B, K, P, D]``; optional routing_threshold fp32 ``[1]``.
-    Outputs: logits ``[B, S, vocab]``; present.N.key and .value ``[B, K, P + S, D]``.
+    Outputs: logits ``[B, S, vocab]``; present.N.key and .value ``[B, K, P + S, D]``; routing_saved fp32 ``[1]``: the share of
+    the FLOPs that routing saved on this call's real tokens, as ``Budget.sparsity`` counts it.
 
     Padding, left or right, is what attention_mask says it is; padding tokens are never executed.
 
@@ -57,14 +64,22 @@ def decoder(checkpoint: Checkpoint, routing: Routing, dtype: torch.dtype) -> ir.
 def metadata(checkpoint: Checkpoint, routing: Routing) -> dict[str, Any]:
     """Returns what the model file says about itself (JSON, property ``ir_convert``)."""
     threshold = routing.threshold
+
+    def sizes(size: Callable[[RoutedUnit], int]) -> dict[str, list[int | None]]:
+        """By unit, then by layer; null for a unit that is not routed."""
+        known = {key: size(unit) for key, unit in routing.units.items()}
+        layers = range(checkpoint.config.num_hidden_layers)
+        return {unit: [known.get((layer, unit)) for layer in layers] for unit in UNITS}
+
     return {
         "version": ir_convert.__version__,
         "base_model": routing.metadata.get("base_model", checkpoint.name),
         "weights_sha256": routing.metadata.get("weights_sha256"),
         "family": checkpoint.config.model_type,
         "recipe": routing.metadata.get("recipe"),
-        "rank": routing.rank,
-        "router_width": routing.router_width,
+        "rank": sizes(lambda unit: unit.forecaster.rank),
+        "router_width": sizes(lambda unit: unit.router.width),
+        "kv_cache": routing.kv_cache,
         "sparsity": routing.sparsity,
         "threshold": threshold if math.isfinite(threshold) else str(threshold),  # JSON has no infinity
         "sparsity_curve": {"sparsity": routing.curve.sparsity, "threshold": routing.curve.threshold},
@@ -82,9 +97,8 @@ class _Decoder:
         self.graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET, DOMAIN: VERSION}, name="ir_decoder")
         self.builder = GraphBuilder(self.graph)
         self.op = self.builder.op
-        biases = self._biases(checkpoint.family.attention.module)
-        self.attention = routed_attention([*biases, *checkpoint.family.attention.extras])
-        self.mlp = routed_mlp(self._biases(checkpoint.family.mlp.module))
+        self.functions: dict[tuple[str, bool], ir.Function] = {}  # by unit, and whether it is routed
+        self.executed: dict[tuple[int, str], ir.Value] = {}  # by routed unit
 
     def build(self) -> ir.Model:
         op, config, vocabulary = self.op, self.config, self.config.vocab_size
@@ -104,7 +118,8 @@ class _Decoder:
         past = op.Shape(pasts[0][0], start=2, end=3)
         real = op.Cast(attention_mask, to=ir.DataType.BOOL)
         windows = sliding_windows(config)
-        self.token_threshold = token_threshold(op, real, past, threshold)
+        new = new_tokens(op, real, past)
+        self.token_threshold = token_threshold(op, new, threshold)
         self.cos, self.sin = rotary_embedding(op, config, position_ids, self.ir_dtype)
         masks = attention_masks(op, real, past, set(windows))
 
@@ -120,66 +135,95 @@ class _Decoder:
         for layer, present in enumerate(presents):
             for part, value in zip(("key", "value"), present, strict=True):
                 self._output(value, f"present.{layer}.{part}", self._cache_shape("past+sequence"))
+        budget = Budget.of(config, self.routing.units, self.routing.kv_cache)
+        self._output(flops_saved(op, budget, self.executed, new), "routing_saved", [1], FLOAT)
         tidy(self.graph)
-        self.graph.doc_string = _DOC
+        self.graph.doc_string = _DOC.format(
+            kept="every token" if self.routing.kv_cache == "full" else "executed tokens"
+        )
         return ir.Model(
             self.graph,
             ir_version=IR_VERSION,
             producer_name="ir-convert",
             producer_version=ir_convert.__version__,
-            functions=[self.attention, self.mlp],
+            functions=list(self.functions.values()),
             metadata_props={"ir_convert": json.dumps(metadata(self.checkpoint, self.routing))},
         )
 
     def _layer(self, x: ir.Value, layer: int, mask: ir.Value, past: list[ir.Value]) -> list[ir.Value]:
         """x -> norm, decide -> RoutedAttention -> + x -> norm, decide -> RoutedMLP -> + x;  returns x, key, value."""
-        with self._scope(f"layers.{layer}.attention"):
-            h, forecast, execute = self._decide(x, layer, "attention")
-            routed = {"h": h, "forecast": forecast, "execute": execute, "cos": self.cos, "sin": self.sin, "mask": mask}
-            routed |= {"past_key": past[0], "past_value": past[1]} | self._unit_weights(layer, "attention")
-            output, key, value = self.builder.call(
-                self.attention,
-                *map(routed.get, ATTENTION_INPUTS),
-                num_heads=self.config.num_attention_heads,
-                kv_num_heads=self.config.num_key_value_heads,
-                scale=self.head_dim**-0.5,
-                epsilon=self.config.rms_norm_eps,
-                _outputs=["output", "key", "value"],
-            )
-            x = self._residual(x, output)
-        with self._scope(f"layers.{layer}.mlp"):
-            h, forecast, execute = self._decide(x, layer, "mlp")
-            routed = {"h": h, "forecast": forecast, "execute": execute} | self._unit_weights(layer, "mlp")
-            output = self.builder.call(self.mlp, *map(routed.get, MLP_INPUTS), _outputs=["output"])
-            x = self._residual(x, output)
+        positions = {"cos": self.cos, "sin": self.sin, "mask": mask, "past_key": past[0], "past_value": past[1]}
+        attributes = {
+            "num_heads": self.config.num_attention_heads,
+            "kv_num_heads": self.config.num_key_value_heads,
+            "scale": self.head_dim**-0.5,
+            "epsilon": self.config.rms_norm_eps,
+        }
+        x, key, value = self._unit(x, layer, "attention", positions, attributes, ["output", "key", "value"])
+        (x,) = self._unit(x, layer, "mlp", {}, {}, ["output"])
         return [x, key, value]
 
-    def _decide(self, x: ir.Value, layer: int, unit: str) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """x -> norm -> h;  h -> down -> up -> + bias -> forecast;  h -> hidden -> silu -> out -> score > threshold -> execute
+    def _unit(
+        self,
+        x: ir.Value,
+        layer: int,
+        unit: str,
+        inputs: dict[str, ir.Value],
+        attributes: dict[str, int | float],
+        outputs: list[str],
+    ) -> list[ir.Value]:
+        """x -> norm -> (decide) -> the unit's function -> + x;  returns x and the function's other outputs."""
+        routed = self.routing.units.get((layer, unit))
+        norm = f"{self.checkpoint.family.layers}.{layer}.{self.checkpoint.family.unit(unit).norm}.weight"
+        with self._scope(f"layers.{layer}.{unit}"):
+            inputs = inputs | {"h": self._norm(x, norm)} | self._unit_weights(layer, unit)
+            if routed is not None:
+                inputs |= self._decide(inputs["h"], layer, unit, routed)
+                self.executed[layer, unit] = inputs["execute"]
+            function = self._function(unit, routed is not None)
+            arguments = [inputs.get(str(value.name)) for value in function.inputs]
+            called = self.builder.call(function, *arguments, _outputs=outputs, **attributes)
+            output, *others = [called] if len(outputs) == 1 else called
+            output.type, output.shape = x.type, x.shape
+            return [self.op.Add(x, output, _outputs=["x"]), *others]
+
+    def _function(self, unit: str, routed: bool) -> ir.Function:
+        """Returns what a unit calls; all layers share it."""
+        if (unit, routed) not in self.functions:
+            places = self.checkpoint.family.unit(unit)
+            optional = [*self._biases(places.module), *places.extras]
+            self.functions[unit, routed] = (
+                mlp(optional, routed) if unit == "mlp" else attention(optional, routed, self.routing.kv_cache)
+            )
+        return self.functions[unit, routed]
+
+    def _decide(self, h: ir.Value, layer: int, unit: str, routed: RoutedUnit) -> dict[str, ir.Value]:
+        """h -> down -> silu -> up -> forecast;  h -> hidden -> silu -> out -> score > threshold -> execute
 
         The router is fp32 at every precision: its scores are compared with a threshold that was measured in fp32.
         """
-        op, routed = self.op, self.routing.units[layer, unit]
-        h = self._norm(x, f"{self.checkpoint.family.layers}.{layer}.{self.checkpoint.family.unit(unit).norm}.weight")
+        op, tensors = self.op, routed.tensors()
 
         def weight(name: str, dtype: torch.dtype) -> ir.Value:
-            tensor = routed.tensors()[name]
+            tensor = tensors[name]
             name = f"layers.{layer}.{unit}.{name}"
             return self._initializer(name, tuple(tensor.shape), lambda: tensor, dtype, transpose=tensor.ndim == 2)
 
         bias = weight("forecaster.bias", self.dtype)
-        if routed.forecaster.down.shape[0] == 0:
+        if routed.forecaster.rank == 0:
             forecast = op.Expand(bias, op.Shape(h), _outputs=["forecast"])
         else:
-            down, up = weight("forecaster.down", self.dtype), weight("forecaster.up", self.dtype)
-            forecast = op.Add(op.MatMul(op.MatMul(h, down), up), bias, _outputs=["forecast"])
+            down = op.MatMul(h, weight("forecaster.down", self.dtype))
+            down = op.Add(down, weight("forecaster.down_bias", self.dtype))
+            up = op.MatMul(op.Mul(down, op.Sigmoid(down)), weight("forecaster.up", self.dtype))
+            forecast = op.Add(up, bias, _outputs=["forecast"])
 
         tall = h if self.dtype == torch.float32 else op.Cast(h, to=FLOAT)
         hidden = op.MatMul(tall, weight("router.hidden", torch.float32))
         hidden = op.Add(hidden, weight("router.hidden_bias", torch.float32))
         score = op.MatMul(op.Mul(hidden, op.Sigmoid(hidden)), weight("router.out", torch.float32))
         score = op.Squeeze(op.Add(score, weight("router.out_bias", torch.float32)), [-1], _outputs=["score"])
-        return h, forecast, op.Greater(score, self.token_threshold, _outputs=["execute"])
+        return {"forecast": forecast, "execute": op.Greater(score, self.token_threshold, _outputs=["execute"])}
 
     def _unit_weights(self, layer: int, unit: str) -> dict[str, ir.Value]:
         """Returns a unit's weights by the names they have in the function's signature, e.g. ``q_weight``."""
@@ -215,10 +259,6 @@ class _Decoder:
         scale = self._weight(weight, self.config.hidden_size)
         return self.op.RMSNormalization(x, scale, epsilon=self.config.rms_norm_eps, _outputs=["h"])
 
-    def _residual(self, x: ir.Value, output: ir.Value) -> ir.Value:
-        output.type, output.shape = x.type, x.shape
-        return self.op.Add(x, output, _outputs=["x"])
-
     def _weight(self, name: str, *shape: int, transpose: bool = False) -> ir.Value:
         """Adds one of the checkpoint's tensors."""
         return self._initializer(name, shape, lambda: self.checkpoint.read(name), self.dtype, transpose)
@@ -229,8 +269,8 @@ class _Decoder:
     def _cache_shape(self, length: str) -> list[int | str]:
         return ["batch", self.config.num_key_value_heads, length, self.head_dim]
 
-    def _output(self, value: ir.Value, name: str, shape: list[int | str]) -> None:
-        value.name, value.type, value.shape = name, ir.TensorType(self.ir_dtype), ir.Shape(shape)
+    def _output(self, value: ir.Value, name: str, shape: list[int | str], dtype: ir.DataType | None = None) -> None:
+        value.name, value.type, value.shape = name, ir.TensorType(dtype or self.ir_dtype), ir.Shape(shape)
         self.graph.outputs.append(value)
 
     @contextmanager

@@ -54,16 +54,18 @@ def attention_masks(
     """Builds one mask ``bool[B, S, P + S]`` for each distinct sliding window, from which tokens are ``real[B, P + S]``.
 
         real -> Shape -> Range: place of every key [P + S] -> Slice(past): place of every query [S]
-        visible = key <= query  (and key > query - window)  and real[key]
+        visible = key <= query  (and key > query - window)  and (real[key] or key = query)
 
     Places count cache slots, padding included, as everywhere in transformers; so left and right padding, a prompt in
-    several pieces, and single steps are all the same to it.
+    several pieces, and single steps are all the same to it. Every token sees itself: padding that saw nothing would turn
+    into NaN, which reaches real tokens through the next layer's values.
     """
     real = op.Unsqueeze(real, [1])  # [B, 1, P + S]
     total = op.Squeeze(op.Shape(real, start=2, end=3))
     keys = op.Range(0, total, 1)
     queries = op.Unsqueeze(op.Slice(keys, past, [END]), [1])  # [S, 1]
     causal = op.LessOrEqual(keys, queries)  # [S, P + S]
+    real = op.Or(real, op.Equal(keys, queries))  # [B, S, P + S]
     masks = {}
     for window in sorted(windows, key=lambda window: window or math.inf):
         visible = causal
@@ -75,6 +77,11 @@ def attention_masks(
     return masks
 
 
-def token_threshold(op: OpBuilder, real: ir.Value, past: ir.Value, threshold: ir.Value) -> ir.Value:
+def new_tokens(op: OpBuilder, real: ir.Value, past: ir.Value) -> ir.Value:
+    """real ``[B, P + S]`` -> ``[B, S]``: which of the new tokens are real."""
+    return op.Slice(real, past, [END], [1], _outputs=["new_tokens"])
+
+
+def token_threshold(op: OpBuilder, new: ir.Value, threshold: ir.Value) -> ir.Value:
     """threshold ``[1]`` -> ``[B, S]``: the threshold for real tokens, +inf for padding, which therefore never executes."""
-    return op.Where(op.Slice(real, past, [END], [1]), threshold, math.inf, _outputs=["token_threshold"])
+    return op.Where(new, threshold, math.inf, _outputs=["token_threshold"])

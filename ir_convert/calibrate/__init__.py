@@ -1,6 +1,6 @@
 """Calibration: text and a base model in, a routing out."""
 
-from .local import calibrate
-from .text import Blocks, read_blocks
+from .calibrate import calibrate
+from .options import Options
 
-__all__ = ["Blocks", "calibrate", "read_blocks"]
+__all__ = ["Options", "calibrate"]

@@ -1,59 +1,138 @@
-"""Fits a forecaster in closed form: reduced-rank ridge regression of the unit's output on its input.
+"""Fits a forecaster to a unit's outputs: reduced-rank ridge regression in closed form, then a short training of its activation.
 
 With centred second moments Sxx, Sxy over calibration tokens, the ridge solution is W = (Sxx + aI)^-1 Sxy. The best rank-r
-map projects it on the leading r eigenvectors Q of W' Sxx W (Izenman 1975): down = (W Q)', up = Q. Moments are accumulated
-in float64 and the ridge is 1e-3 of the mean variance, so the solve's condition number stays below about 1e3 * hidden.
+map projects it on the leading r eigenvectors Q of W' Sxx W (Izenman 1975): code = (W Q)' h, output = Q code. The activation
+starts where it is straight: silu has no curvature at x = 2.3994, so a code scaled to small values around it passes unbent.
+
+Products of a chunk of tokens are fp32, their sums float64. The ridge is 1e-3 of the mean variance, so the solve's condition
+number is below about 1e3 * hidden, far from where float64 would lose the fp32 products' accuracy.
 """
+
+import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..units import Forecaster
+from ..stream import Sample, Team
 
 RIDGE = 1e-3
+INFLECTION = 2.3994  # of silu, where it is straight
+SPREAD = 0.25  # of the code around it
+STEPS, BATCH, LR = 300, 2048, 5e-3
 
 
 class Moments:
     """Weighted first and second moments of (h, y), added up in float64."""
 
-    def __init__(self, hidden: int, device: torch.device) -> None:
+    def __init__(self, inputs: int, outputs: int, device: torch.device) -> None:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(*shape, dtype=torch.float64, device=device)
 
-        self.n = 0.0
-        self.h, self.y, self.yy = zeros(hidden), zeros(hidden), zeros(hidden)
-        self.hh, self.hy = zeros(hidden, hidden), zeros(hidden, hidden)
+        self.n, self.h, self.y, self.yy = zeros(1), zeros(inputs), zeros(outputs), zeros(1)
+        self.hh, self.hy = zeros(inputs, inputs), zeros(inputs, outputs)
 
     def add(self, h: Tensor, y: Tensor, weight: Tensor | None = None) -> None:
-        """Adds tokens ``[..., hidden]``, each counted ``weight[...]`` times (once by default)."""
-        h, y = h.flatten(0, -2).double(), y.flatten(0, -2).double()
-        weighted = h if weight is None else h * weight.reshape(-1, 1)
-        self.n += len(h) if weight is None else float(weight.sum())
-        self.h += weighted.sum(0)
+        """Adds tokens ``h[..., inputs]``, ``y[..., outputs]``, each counted ``weight[...]`` times (once by default)."""
+        h, y = h.flatten(0, -2), y.flatten(0, -2)
+        weight = torch.ones_like(h[:, 0]) if weight is None else weight.flatten()
+        weighted = h * weight.unsqueeze(1)
+        self.n += weight.double().sum()
+        self.h += weighted.double().sum(0)
         self.hh += weighted.T @ h
         self.hy += weighted.T @ y
-        weighted_y = y if weight is None else y * weight.reshape(-1, 1)
-        self.y += weighted_y.sum(0)
-        self.yy += (weighted_y * y).sum(0)
+        self.y += (weight.double() @ y.double()) if len(y) < 4096 else (weight @ y).double()
+        self.yy += weight.double() @ (y * y).sum(1).double()
 
-    def fit(self, rank: int) -> tuple[Forecaster, float]:
-        """Returns the best forecaster of this rank, and the share of the output's variance that it leaves unexplained.
+    def share(self, team: Team) -> "Moments":
+        """Adds up the moments of all processes, in place."""
+        team.sum(vars(self).values())
+        return self
 
-        Rank 0 gives the forecaster that forecasts zero: routing then skips, as greedy routing does.
-        """
-        hidden = len(self.h)
-        if rank == 0:
-            empty = torch.zeros(0, hidden)
-            return Forecaster(empty, empty.T.contiguous(), torch.zeros(hidden)), 1.0
+    def solve(self, ridge: float = RIDGE) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the ridge solution W ``[inputs, outputs]``, Sxx and Sxy, float64."""
         mean_h, mean_y = self.h / self.n, self.y / self.n
         sxx = self.hh / self.n - torch.outer(mean_h, mean_h)
         sxy = self.hy / self.n - torch.outer(mean_h, mean_y)
-        ridge = RIDGE * sxx.diagonal().mean()
-        factor = torch.linalg.cholesky(sxx + ridge * torch.eye(hidden, dtype=sxx.dtype, device=sxx.device))
-        w = torch.cholesky_solve(sxy, factor)
-        q = torch.linalg.eigh(w.T @ sxx @ w).eigenvectors[:, -rank:]
+        # An activation that never varies has variance 0; the floor keeps the factorisation defined.
+        shift = ridge * sxx.diagonal().mean().clamp(min=1e-12)
+        factor = torch.linalg.cholesky(sxx + shift * torch.eye(len(sxx), dtype=sxx.dtype, device=sxx.device))
+        return torch.cholesky_solve(sxy, factor), sxx, sxy
+
+    def fit(self, rank: int) -> tuple[Forecaster, Tensor]:
+        """Returns the forecaster of this rank, and the share of the output's variance that ranks 0 .. rank leave unexplained.
+
+        Its code is ordered: the first k of it, with the first k columns of ``up``, are the best forecaster of rank k.
+        Rank 0 forecasts the mean.
+        """
+        mean_h, mean_y = self.h / self.n, self.y / self.n
+        variance = (self.yy / self.n - (mean_y**2).sum()).clamp(min=1e-30)
+        w, sxx, sxy = self.solve()
+        q = torch.linalg.eigh(w.T @ sxx @ w).eigenvectors.flip(1)[:, :rank]
         down = (w @ q).T
-        bias = mean_y - q @ (down @ mean_h)
-        variance = (self.yy / self.n - mean_y**2).sum()
-        residual = variance - 2 * ((down @ sxy) * q.T).sum() + (down @ sxx * down).sum()
-        return Forecaster(*(t.float().cpu().contiguous() for t in (down, q, bias))), float(residual / variance)
+        explained = 2 * ((down @ sxy) * q.T).sum(1) - ((down @ sxx) * down).sum(1)
+        unexplained = torch.cat([variance, (variance - explained.cumsum(0))]) / variance
+        scale = SPREAD / ((down @ sxx) * down).sum(1).clamp(min=1e-30).sqrt()
+        slope = torch.sigmoid(torch.tensor(INFLECTION)) * (1 + INFLECTION * torch.sigmoid(torch.tensor(-INFLECTION)))
+        value = INFLECTION * torch.sigmoid(torch.tensor(INFLECTION))
+        up = q / (slope * scale)
+        parts = (
+            down * scale.unsqueeze(1),
+            INFLECTION - scale * (down @ mean_h),
+            up,
+            mean_y - value * up.sum(1),
+        )
+        return Forecaster(*(part.float().contiguous() for part in parts)), unexplained.float().cpu()
+
+
+def truncated(forecaster: Forecaster, rank: int) -> Forecaster:
+    """Returns the best forecaster of a smaller rank, from one that ``Moments.fit`` gave."""
+    slope_value = INFLECTION / (1 + math.exp(-INFLECTION))
+    dropped = forecaster.up[:, rank:].sum(1) * slope_value
+    return Forecaster(
+        forecaster.down[:rank].contiguous(),
+        forecaster.down_bias[:rank].contiguous(),
+        forecaster.up[:, :rank].contiguous(),
+        forecaster.bias + dropped,
+    )
+
+
+def train_activation(
+    start: Forecaster, h: Tensor, y: Tensor, weight: Tensor, steps: int, seed: int, sample: Sample
+) -> Forecaster:
+    """Trains a forecaster on by Adam for a few hundred steps, then solves its second layer again in closed form.
+
+    Args:
+        start: the closed-form forecaster, on the device of ``h``.
+        h, y: this process's tokens ``[tokens, hidden]``.
+        weight: how much each counts ``[tokens]``.
+        steps: of Adam.
+        seed: of the batches.
+        sample: draws the batches, of ``BATCH`` tokens over all processes.
+    """
+    if start.rank == 0 or steps == 0:
+        return start
+    generator = torch.Generator().manual_seed(seed)
+    scale = start.bias.square().mean().sqrt() + sample.mean(y.square().mean(1)).sqrt()
+    parameters = [start.down.clone(), start.down_bias.clone(), start.up / scale, start.bias / scale]
+    parameters = [parameter.requires_grad_() for parameter in parameters]
+    optimizer = torch.optim.Adam(parameters, lr=LR, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps, pct_start=0.1)
+    for _ in range(steps):
+        rows = sample.draw(BATCH, generator)
+        forecast = Forecaster(*parameters)(h[rows])
+        loss = (((forecast - y[rows] / scale) ** 2).sum(1) * weight[rows]).sum() / BATCH
+        gradients = sample.team.sum(torch.autograd.grad(loss, parameters))
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+        schedule.step()
+    down, down_bias = (parameter.detach() for parameter in parameters[:2])
+    code = F.silu(F.linear(h, down, down_bias))
+    moments = Moments(code.shape[1], y.shape[1], h.device)
+    moments.add(code, y, weight)
+    moments.share(sample.team)
+    w, _, _ = moments.solve(ridge=1e-5)
+    bias = moments.y / moments.n - (moments.h / moments.n) @ w
+    return Forecaster(down, down_bias, w.T.float().contiguous(), bias.float())

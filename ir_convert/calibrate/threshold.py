@@ -1,70 +1,94 @@
 """Measures the sparsity -> threshold curve on held-out blocks, decisions made as they will be: by threshold, under routing."""
 
+from dataclasses import dataclass, field
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..decoder import Decoder
-from ..flops import Budget
+from ..evaluate import sparsity_by_block, standard_error
+from ..flops import Budget, Key
 from ..progress import Reporter
-from ..routing import Curve, Units
-from ..stream import run_routed
+from ..routing import Curve
+from ..stream import Team, Work, run_routed
+from ..units import Units
 
-QUANTILES = 257
-SPACING = 0.08
+QUANTILES = 513
 BEYOND = 10.0  # so far above the highest score seen that nothing executes
-WIDE, NEAR = (-0.12, -0.06, 0.0, 0.06, 0.12), (-0.015, 0.0, 0.015)
+SPACING = 0.06
+CLOSE = (-0.02, 0.0, 0.02)
+WIDE = (-0.08, 0.0, 0.08)
 
 
+@dataclass
 class Meter:
     """Measures thresholds on held-out blocks.
 
-    Args:
+    Attributes:
         decoder: the base model.
-        budget: what an approximated token saves.
-        quantiles: ``score_quantiles`` of each unit; they only say where to look first.
-        ids: held-out token blocks ``[blocks, sequence]``.
+        ids: held-out blocks ``[blocks, sequence]`` of all processes.
+        kv_cache: ``full`` or ``strict``.
+        errors: standard error of each measured sparsity, by threshold.
     """
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        budget: Budget,
-        quantiles: dict[tuple[int, str], Tensor],
-        ids: Tensor,
-        report: Reporter,
-    ) -> None:
-        self._decoder, self._budget, self._ids, self._report = decoder, budget, ids, report
-        scores = torch.cat(list(quantiles.values()))
-        shares = torch.cat([torch.full((QUANTILES,), budget.share(unit) / QUANTILES) for _, unit in quantiles])
-        order = scores.argsort()
-        self._scores = scores[order].double().numpy()
-        self._predicted = (shares[order].double().cumsum(0) - budget.overhead_share).numpy()
+    decoder: Decoder
+    ids: Tensor
+    kv_cache: str
+    work: Work
+    team: Team
+    report: Reporter
+    errors: dict[float, float] = field(default_factory=dict)
 
-    def near(self, units: Units, asked: float) -> float:
-        """Returns about the threshold of the asked sparsity, from a few measurements around it."""
-        curve = self._measure(units, self._predict([asked + step for step in WIDE]))
+    def near(self, units: Units, scores: dict[Key, Tensor], asked: float, name: str = "near") -> float:
+        """Returns about the threshold of the asked sparsity, from a few measurements around it, kept under ``name``."""
+        budget = Budget.of(self.decoder.config, units, self.kv_cache)
+        guesses = self._predict(budget, scores, [asked + step for step in WIDE])
+        curve = self._measure(units, budget, guesses, name)
         return float(np.interp(asked, curve.sparsity, curve.threshold))
 
-    def curve(self, units: Units, asked: float) -> Curve:
-        """Measures the whole range, then again close to the asked sparsity."""
-        grid = list(np.arange(0, self._budget.reachable, SPACING))
-        curve = self._measure(units, [*self._predict(grid), float(self._scores[-1]) + BEYOND])
-        if asked <= 0:
-            return curve
-        close = np.interp([asked + step for step in NEAR], curve.sparsity, curve.threshold)
-        refined = self._measure(units, [float(threshold) for threshold in close])
-        return _rising([*_points(curve), *_points(refined)])
+    def curve(self, units: Units, scores: dict[Key, Tensor], asked: float, near: tuple[float, float]) -> Curve:
+        """Measures the whole range, most closely around the asked sparsity.
 
-    def _predict(self, sparsity: list[float]) -> list[float]:
+        Args:
+            scores: the routers' scores on the dense stream ``[tokens]``; they only say where to look.
+            near: a sparsity and its threshold, measured: says how far routing shifts what the scores predict.
+        """
+        budget = Budget.of(self.decoder.config, units, self.kv_cache)
+        grid = [*np.arange(0.01, budget.reachable, SPACING), *(asked + step for step in CLOSE)]
+        shift = near[1] - self._predict(budget, scores, [near[0]])[0]
+        thresholds = [threshold + shift for threshold in self._predict(budget, scores, grid)]
+        highest = max(float(values.max()) for values in scores.values())
+        return self._measure(units, budget, [*thresholds, highest + BEYOND], "curve")
+
+    def _predict(self, budget: Budget, scores: dict[Key, Tensor], sparsity: list[float]) -> list[float]:
         """Thresholds that would give these sparsities if approximating did not shift later units' inputs."""
-        return [float(threshold) for threshold in np.interp(sparsity, self._predicted, self._scores)]
+        values = torch.cat([score_quantiles(score) for score in scores.values()])
+        shares = torch.cat([torch.full((QUANTILES,), budget.share(unit) / QUANTILES) for _, unit in scores])
+        order = values.argsort()
+        saved = shares[order].double().cumsum(0) - budget.overhead_share
+        return [float(threshold) for threshold in np.interp(sparsity, saved.numpy(), values[order].double().numpy())]
 
-    def _measure(self, units: Units, thresholds: list[float]) -> Curve:
+    def _measure(self, units: Units, budget: Budget, thresholds: list[float], name: str) -> Curve:
         thresholds = [float(np.float32(threshold)) for threshold in sorted(set(thresholds))]
-        _, approximated = run_routed(self._decoder, units, self._ids, thresholds, self._report, "threshold")
-        rates = [{key: float(rate[k]) for key, rate in approximated.items()} for k in range(len(thresholds))]
-        return _rising([(t, self._budget.sparsity(rate)) for t, rate in zip(thresholds, rates, strict=True)])
+
+        def compute() -> dict[str, Tensor]:
+            x, approximated = run_routed(
+                self.decoder,
+                units,
+                self.team.mine(self.ids),
+                thresholds,
+                self.kv_cache,
+                self.report,
+                f"threshold.{name}",
+                self.work,
+            )
+            x.discard()
+            return {"saved": sparsity_by_block(budget, approximated)}
+
+        saved = self.team.gather(self.work.once(f"thresholds.{name}", compute)["saved"], len(self.ids), axis=1)
+        self.errors |= {threshold: standard_error(row) for threshold, row in zip(thresholds, saved, strict=True)}
+        return _rising(thresholds, saved.double().mean(1).tolist())
 
 
 def score_quantiles(scores: Tensor) -> Tensor:
@@ -73,15 +97,11 @@ def score_quantiles(scores: Tensor) -> Tensor:
     return ordered[torch.linspace(0, len(ordered) - 1, QUANTILES).round().long()]
 
 
-def _points(curve: Curve) -> list[tuple[float, float]]:
-    return list(zip(curve.threshold, curve.sparsity, strict=True))
-
-
-def _rising(points: list[tuple[float, float]]) -> Curve:
-    """Orders (threshold, sparsity) points; one that does not save more than a lower threshold's is dropped."""
+def _rising(thresholds: list[float], sparsity: list[float]) -> Curve:
+    """Makes a curve of measured points; one that does not save more than a lower threshold's is dropped."""
     curve = Curve([], [])
-    for threshold, sparsity in sorted(points):
-        if not curve.sparsity or sparsity > curve.sparsity[-1]:
+    for threshold, saved in zip(thresholds, sparsity, strict=True):
+        if not curve.sparsity or saved > curve.sparsity[-1]:
             curve.threshold.append(threshold)
-            curve.sparsity.append(sparsity)
+            curve.sparsity.append(saved)
     return curve

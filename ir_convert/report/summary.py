@@ -15,8 +15,12 @@ def summary(conversion: Conversion) -> Table:
         table.add_column(name, justify="right")
     table.add_row("perplexity (per token)", f"{test['perplexity_dense']:.2f}", f"{test['perplexity']:.2f}")
     table.add_row("same most likely token", "", f"{test['agreement']:.1%}")
+    table.add_row("KL from dense (nats)", "", f"{test['kl']:.3f}")
     table.add_row("FLOPs saved, asked", "", f"{test['asked']:.1%}")
-    table.add_row("FLOPs saved, achieved", "", f"{test['sparsity']:.1%}")
+    table.add_row("FLOPs saved, achieved", "", f"{test['sparsity']:.1%} ± {test['sparsity_standard_error']:.1%}")
+    if len(test["sources"]) > 1:
+        for name, row in test["sources"].items():
+            table.add_row(f"- on {name}", "", f"{row['sparsity']:.1%}")
     table.add_row("decisions approximated", "", f"{test['decisions']:.1%}")
     table.add_section()
     for path, size in conversion.sizes.items():

@@ -13,11 +13,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from ir_convert.checkpoint import Checkpoint
 from ir_convert.errors import UserError
 from ir_convert.export.hf import load, write
-from ir_convert.families import UNITS
+from ir_convert.export.hf.writer import CODE
 from ir_convert.routing import Routing
 from ir_convert.units import Forecaster, Router
 
@@ -39,14 +40,14 @@ def export(checkpoint, routing, folder, **kwargs):
 def test_files_and_names(exported):
     files = {path.name for path in exported.folder.iterdir()}
     assert {"config.json", "README.md", "routing.safetensors", "model.safetensors"} <= files
-    assert {"configuration_ir.py", "modeling_ir.py", "routed_ir.py", "generation_config.json"} <= files
+    assert {"configuration_ir.py", "modeling_ir.py", "routed_ir.py", "control_ir.py", "generation_config.json"} <= files
     assert not [name for name in files if name.startswith("part-")]
     written = load_file(exported.folder / "model.safetensors")
     base = {name: exported.checkpoint.read(name) for name in exported.checkpoint.shards}
     assert all(written[name].equal(tensor) for name, tensor in base.items())
     assert ("lm_head.weight" in written) is not exported.checkpoint.tied
     added = set(written) - set(base)
-    assert len(added) == 3 * 2 * 7
+    assert len(added) == 3 * 2 * 8
     assert "model.layers.0.self_attn.forecaster.down.weight" in added
     assert Routing.load(exported.folder / "routing.safetensors").threshold == exported.routing.threshold
 
@@ -60,7 +61,7 @@ def test_configuration(exported):
     assert config["model_type"] == f"ir_{exported.checkpoint.config.model_type}"
     assert config["dtype"] == "float32"
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
-    assert (config["forecaster_rank"], config["router_width"]) == (5, 4)
+    assert (config["forecaster_rank"], config["router_width"], config["kv_cache"]) == (5, 4, "full")
     assert config["routing_threshold"] == exported.routing.threshold
     assert str(exported.checkpoint.path) not in text + (exported.folder / "README.md").read_text("utf-8")
 
@@ -108,9 +109,7 @@ def test_saved_again(exported, tmp_path):
         assert again.config.sparsity == sparsity
         assert float(again.config.routing_threshold) == exported.routing.curve.at(sparsity)
         assert again(ids).logits.equal(exported.model(ids).logits)
-        assert {"modeling_ir.py", "configuration_ir.py", "routed_ir.py"} <= {
-            path.name for path in (tmp_path / str(sparsity)).iterdir()
-        }
+        assert set(CODE) <= {path.name for path in (tmp_path / str(sparsity)).iterdir()}
         assert again.config.auto_map == {
             "AutoConfig": f"configuration_ir.{type(again.config).__name__}",
             "AutoModelForCausalLM": f"modeling_ir.{type(again).__name__}",
@@ -144,17 +143,18 @@ def test_every_unit_may_have_its_own_sizes(llama, tmp_path):
 
     for size, key in enumerate(routing.units):
         d = checkpoint.config.hidden_size
-        routing.units[key].forecaster = Forecaster(normal(size, d), normal(d, size), normal(d))
+        routing.units[key].forecaster = Forecaster(normal(size, d), normal(size), normal(d, size), normal(d))
         routing.units[key].router = Router(normal(size + 2, d), normal(size + 2), normal(1, size + 2), normal(1))
+    del routing.units[1, "attention"]
     model = export(checkpoint, routing, tmp_path / "ir")
-    assert model.config.forecaster_rank == {"attention": [0, 2, 4], "mlp": [1, 3, 5]}
-    assert model.config.router_width == {"attention": [2, 4, 6], "mlp": [3, 5, 7]}
+    assert model.config.forecaster_rank == {"attention": [0, None, 4], "mlp": [1, 3, 5]}
+    assert model.config.router_width == {"attention": [2, None, 6], "mlp": [3, 5, 7]}
+    assert type(model.model.layers[1].self_attn) is LlamaAttention
     h = normal(2, 3, 48)
     for (layer, unit), routed in routing.units.items():
         module = getattr(model.model.layers[layer], {"attention": "self_attn", "mlp": "mlp"}[unit])
         assert_close(module.forecaster(h), routed.forecaster(h))
         assert_close(module.router(h), routed.router(h))
-    assert len(routing.units) == 3 * len(UNITS)
     assert model(tokens(1, 9)).logits.isfinite().all()
 
 

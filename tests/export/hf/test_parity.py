@@ -125,7 +125,7 @@ def test_statistics_agree_with_the_budget(exported):
     with exported.model.routing_statistics() as seen:
         exported.model(ids[:, :5])
         exported.model(ids)
-    budget = Budget.of(exported.checkpoint.config, exported.routing.rank, exported.routing.router_width)
+    budget = Budget.of(exported.checkpoint.config, exported.routing.units)
     rates = {key: 1 - count.executed / count.tokens for key, count in seen.counts.items()}
     assert set(rates) == {(layer, unit) for layer in range(3) for unit in UNITS}
     assert seen.sparsity == pytest.approx(budget.sparsity(rates))
@@ -136,7 +136,7 @@ def test_statistics_agree_with_the_budget(exported):
         assert (seen.sparsity, seen.decisions) == (0, 0)
         exported.model(ids)
     assert (seen.sparsity, seen.decisions) == (0, 0)
-    assert all(layer.mlp.count is None for layer in exported.model.model.layers)
+    assert not any(layer.mlp.counts for layer in exported.model.model.layers)
 
 
 def test_gradients_are_finite_and_reach_forecasters(exported):

@@ -1,4 +1,4 @@
-"""The routed units on their own, against plain torch: any execute mask, any padding, every optional input."""
+"""The units on their own, against plain torch: any execute mask, any padding, every optional input, every variant."""
 
 import numpy as np
 import onnx_ir as ir
@@ -11,13 +11,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ir_convert.export.onnx.functions import (
-    ATTENTION_INPUTS,
     DOMAIN,
-    MLP_INPUTS,
     OPSET,
+    ROUTING,
     VERSION,
-    routed_attention,
-    routed_mlp,
+    attention,
+    mlp,
 )
 
 PROPERTY = settings(max_examples=60, deadline=None)
@@ -39,7 +38,7 @@ def execute_mask(kind: str, batch: int, length: int) -> Tensor:
     return execute
 
 
-def run(function: ir.Function, names: tuple[str, ...], values: dict[str, Tensor], **attributes: float) -> list[Tensor]:
+def run(function: ir.Function, values: dict[str, Tensor], **attributes: float) -> list[Tensor]:
     """Runs a model that holds nothing but one call of the function."""
     graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET, DOMAIN: VERSION}, name="call")
     builder = GraphBuilder(graph)
@@ -50,7 +49,7 @@ def run(function: ir.Function, names: tuple[str, ...], values: dict[str, Tensor]
         for name, value in values.items()
     }
     outputs = [ir.Value(name=f"out{i}", type=ir.TensorType(ir.DataType.FLOAT)) for i in range(len(function.outputs))]
-    builder.call(function, *map(inputs.get, names), _outputs=outputs, **attributes)
+    builder.call(function, *(inputs.get(value.name) for value in function.inputs), _outputs=outputs, **attributes)
     graph.outputs.extend(outputs)
     model = ir.serde.serialize_model(ir.Model(graph, ir_version=10, functions=[function]))
     options = ort.SessionOptions()
@@ -67,8 +66,9 @@ def run(function: ir.Function, names: tuple[str, ...], values: dict[str, Tensor]
     length=st.integers(1, 7),
     kind=execute_masks,
     biases=st.sets(st.sampled_from(["gate_bias", "up_bias", "down_bias"])),
+    routed=st.booleans(),
 )
-def test_mlp(seed, batch, length, kind, biases):
+def test_mlp(seed, batch, length, kind, biases, routed):
     torch.manual_seed(seed)
     shapes = {"gate_weight": (D, FFN), "up_weight": (D, FFN), "down_weight": (FFN, D)}
     shapes |= {name: (D if name == "down_bias" else FFN,) for name in sorted(biases)}
@@ -79,8 +79,9 @@ def test_mlp(seed, batch, length, kind, biases):
         return h @ x[f"{name}_weight"] + x.get(f"{name}_bias", 0)
 
     dense = linear(F.silu(linear(x["h"], "gate")) * linear(x["h"], "up"), "down")
-    (got,) = run(routed_mlp(biases), MLP_INPUTS, x)
-    torch.testing.assert_close(got, torch.where(x["execute"][..., None], dense, x["forecast"]), atol=1e-4, rtol=1e-5)
+    expected = torch.where(x["execute"][..., None], dense, x["forecast"]) if routed else dense
+    (got,) = run(mlp(biases, routed), x)
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-5)
 
 
 @PROPERTY
@@ -93,8 +94,9 @@ def test_mlp(seed, batch, length, kind, biases):
     kv_heads=st.integers(1, 2),
     kind=execute_masks,
     optional=st.sets(st.sampled_from(["q_bias", "k_bias", "v_bias", "o_bias", "q_norm", "k_norm"])),
+    variant=st.sampled_from(["full", "strict", "dense"]),
 )
-def test_attention(seed, batch, length, past, groups, kv_heads, kind, optional):
+def test_attention(seed, batch, length, past, groups, kv_heads, kind, optional, variant):
     torch.manual_seed(seed)
     heads, total = groups * kv_heads, past + length
     q, kv = heads * HEAD, kv_heads * HEAD
@@ -106,8 +108,14 @@ def test_attention(seed, batch, length, past, groups, kv_heads, kind, optional):
     x |= {"cos": angles.cos(), "sin": angles.sin(), "execute": execute_mask(kind, batch, length)}
     x |= {f"past_{part}": torch.randn(batch, kv_heads, past, HEAD) for part in ("key", "value")}
     x["mask"] = torch.rand(batch, length, total) < 0.6
-    # An executed token sees itself; one that is not may see nothing at all, as padding does.
-    x["mask"] |= (torch.arange(total) == past + torch.arange(length)[:, None]) & x["execute"][..., None]
+    # What is computed sees itself; a token that does not execute may see nothing at all.
+    computed = torch.ones_like(x["execute"]) if variant == "dense" else x["execute"]
+    x["mask"] |= (torch.arange(total) == past + torch.arange(length)[:, None]) & computed[..., None]
+    kept = torch.ones(batch, total, dtype=torch.bool)
+    if variant == "strict":
+        kept = torch.cat((torch.rand(batch, past) < 0.5, x["execute"]), 1)
+        for part in ("key", "value"):
+            x[f"past_{part}"] *= kept[:, None, :past, None]
 
     def project(name: str, count: int, rotate: bool) -> Tensor:
         y = (x["h"] @ x[f"{name}_weight"] + x.get(f"{name}_bias", 0)).view(batch, length, count, HEAD).transpose(1, 2)
@@ -119,53 +127,44 @@ def test_attention(seed, batch, length, past, groups, kv_heads, kind, optional):
         a, b = y.chunk(2, -1)
         return y * cos + torch.cat((-b, a), -1) * sin
 
-    key = torch.cat((x["past_key"], project("k", kv_heads, True)), 2)
-    value = torch.cat((x["past_value"], project("v", kv_heads, False)), 2)
+    key = torch.cat((x["past_key"], project("k", kv_heads, True)), 2) * kept[:, None, :, None]
+    value = torch.cat((x["past_value"], project("v", kv_heads, False)), 2) * kept[:, None, :, None]
     scores = project("q", heads, True) @ key.repeat_interleave(groups, 1).transpose(2, 3) * 0.3
-    weights = scores.masked_fill(~x["mask"][:, None], -torch.inf).softmax(-1)
+    weights = scores.masked_fill(~(x["mask"] & kept[:, None])[:, None], -torch.inf).softmax(-1)
     y = (weights @ value.repeat_interleave(groups, 1)).transpose(1, 2).reshape(batch, length, q)
     dense = y @ x["o_weight"] + x.get("o_bias", 0)
 
     attributes = {"num_heads": heads, "kv_num_heads": kv_heads, "scale": 0.3, "epsilon": EPSILON}
-    output, present_key, present_value = run(routed_attention(optional), ATTENTION_INPUTS, x, **attributes)
-    expected = torch.where(x["execute"][..., None], dense, x["forecast"])
+    function = attention(optional, variant != "dense", "strict" if variant == "strict" else "full")
+    output, present_key, present_value = run(function, x, **attributes)
+    expected = dense if variant == "dense" else torch.where(x["execute"][..., None], dense, x["forecast"])
     torch.testing.assert_close(output, expected, atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(present_key, key, atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(present_value, value, atol=1e-4, rtol=1e-5)
+    # What is left out of a strict cache is zero to the bit, and nothing else is.
+    assert present_key.ne(0).any(-1).any(1).equal(kept)
 
 
 def test_signatures_are_stable():
     """A native library registers kernels for these; changing one breaks files that are out in the world."""
-    mlp, attention = routed_mlp(), routed_attention(["q_norm", "k_norm"])
-    assert (mlp.domain, mlp.name) == ("ir", "RoutedMLP")
-    assert [value.name for value in mlp.inputs] == (
-        ["h", "forecast", "execute", "gate_weight", "up_weight", "down_weight", "gate_bias", "up_bias", "down_bias"]
+    mlp_inputs = "h forecast execute gate_weight up_weight down_weight gate_bias up_bias down_bias"
+    attention_inputs = (
+        "h forecast execute cos sin mask past_key past_value q_weight k_weight v_weight o_weight "
+        "q_bias k_bias v_bias o_bias q_norm k_norm"
     )
-    assert [value.name for value in mlp.outputs] == ["output"]
-    assert (attention.domain, attention.name) == ("ir", "RoutedAttention")
-    assert [value.name for value in attention.inputs] == (
-        [
-            "h",
-            "forecast",
-            "execute",
-            "cos",
-            "sin",
-            "mask",
-            "past_key",
-            "past_value",
-            "q_weight",
-            "k_weight",
-            "v_weight",
-            "o_weight",
-            "q_bias",
-            "k_bias",
-            "v_bias",
-            "o_bias",
-            "q_norm",
-            "k_norm",
-        ]
-    )
-    assert [value.name for value in attention.outputs] == ["output", "present_key", "present_value"]
-    assert list(attention.attributes) == ["num_heads", "kv_num_heads", "scale", "epsilon"]
-    for function in (mlp, attention):
-        assert "where execute, forecast elsewhere" in (function.doc_string or "")
+    attention_outputs = ["output", "present_key", "present_value"]
+    norms = ["q_norm", "k_norm"]
+    for function, name, inputs, outputs in (
+        (mlp(), "RoutedMLP", mlp_inputs, ["output"]),
+        (mlp(routed=False), "DenseMLP", mlp_inputs, ["output"]),
+        (attention(norms), "RoutedAttention", attention_inputs, attention_outputs),
+        (attention(norms, kv_cache="strict"), "RoutedAttentionStrict", attention_inputs, attention_outputs),
+        (attention(norms, routed=False), "DenseAttention", attention_inputs, attention_outputs),
+    ):
+        routed = name.startswith("Routed")
+        assert (function.domain, function.name) == ("ir", name)
+        assert [value.name for value in function.inputs] == [n for n in inputs.split() if routed or n not in ROUTING]
+        assert [value.name for value in function.outputs] == outputs
+        attributes = [] if name.endswith("MLP") else ["num_heads", "kv_num_heads", "scale", "epsilon"]
+        assert list(function.attributes) == attributes
+        assert ("where execute, forecast elsewhere" in (function.doc_string or "")) == routed

@@ -129,6 +129,7 @@ def test_contract(exported):
         for part in ("key", "value"):
             expected[f"past_key_values.{layer}.{part}"] = ("tensor(float)", ["batch", kv, "past", head])
             outputs[f"present.{layer}.{part}"] = ("tensor(float)", ["batch", kv, "past+sequence", head])
+    outputs["routing_saved"] = ("tensor(float)", [1])
     assert inputs == expected
     assert {value.name: (value.type, value.shape) for value in session.get_outputs()} == outputs
     assert [value.name for value in session.get_outputs()] == list(outputs)

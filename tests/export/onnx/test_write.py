@@ -17,6 +17,7 @@ from ir_convert.checkpoint import Checkpoint
 from ir_convert.errors import UserError
 from ir_convert.export.onnx import write
 from ir_convert.export.onnx.positions import frequencies
+from ir_convert.families import UNITS
 from ir_convert.routing import Routing
 from ir_convert.runtime import OnnxModel
 from ir_convert.units import Forecaster, Router
@@ -60,7 +61,9 @@ def test_folder(exported, random_model):
     assert said["version"] == ir_convert.__version__
     assert said["base_model"] == checkpoint.name
     assert said["sparsity_curve"] == {"sparsity": routing.curve.sparsity, "threshold": routing.curve.threshold}
-    assert (said["sparsity"], said["threshold"]) == (0.4, routing.threshold)
+    assert (said["sparsity"], said["threshold"], said["kv_cache"]) == (0.4, routing.threshold, "full")
+    assert said["rank"] == {unit: [5, 5, 5] for unit in UNITS}
+    assert said["router_width"] == {unit: [4, 4, 4] for unit in UNITS}
 
 
 def test_tied_weights_are_stored_once(exported):
@@ -108,7 +111,8 @@ def test_units_differ_in_rank_and_width(random_model, tmp_path):
     d = checkpoint.config.hidden_size
     units = dict(routing.units)
     for (key, unit), rank in zip(routing.units.items(), [0, 1, 5, 0, 7, 2], strict=True):
-        forecaster = Forecaster(torch.randn(rank, d) * 0.1, torch.randn(d, rank) * 0.3, torch.randn(d) * 0.1)
+        down, up = torch.randn(rank, d) * 0.1, torch.randn(d, rank) * 0.3
+        forecaster = Forecaster(down, torch.randn(rank), up, torch.randn(d) * 0.1)
         width = rank + 1
         router = Router(torch.randn(width, d) * 0.2, torch.randn(width), torch.randn(1, width), torch.randn(1))
         units[key] = replace(unit, forecaster=forecaster, router=router)
@@ -188,9 +192,9 @@ def test_refusals(random_model, tmp_path):
     _, _, checkpoint, routing = random_model
     with pytest.raises(UserError, match="bfloat16"):
         write(checkpoint, routing, tmp_path, "m.onnx", dtype=torch.bfloat16)
-    short = replace(routing, units={key: unit for key, unit in routing.units.items() if key[0] < 2})
-    with pytest.raises(UserError, match="2 layers"):
-        write(checkpoint, short, tmp_path, "m.onnx")
+    long = replace(routing, units=routing.units | {(4, "mlp"): routing.units[0, "mlp"]})
+    with pytest.raises(UserError, match=r"for 5 layers.*has 3"):
+        write(checkpoint, long, tmp_path, "m.onnx")
     assert not list(tmp_path.iterdir())
 
 

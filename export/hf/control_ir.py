@@ -1,0 +1,28 @@
+"""Holds a sparsity on drifting text. This file travels with the checkpoint, see modeling_ir.py; ONNX models use it too."""
+
+GAIN = 2.0  # thresholds are logs: this closes most of a gap in a window or two, and does not swing
+WINDOW = 256
+
+
+class SparsityControl:
+    """Integral control of the threshold: ``threshold += gain * (sparsity - saved)``, once a window of tokens.
+
+    Short calls add up until there is a window of them: what one token saves says little.
+
+    Attributes:
+        sparsity: the share of FLOPs to save.
+        threshold: where the threshold stands.
+    """
+
+    def __init__(self, sparsity: float, threshold: float, gain: float = GAIN) -> None:
+        self.sparsity, self.threshold, self.gain = sparsity, threshold, gain
+        self._saved, self._tokens = 0.0, 0
+
+    def observe(self, saved: float, tokens: int) -> float:
+        """Takes the share of FLOPs that a call saved on its tokens; returns the threshold for the next call."""
+        self._saved += saved * tokens
+        self._tokens += tokens
+        if self._tokens >= WINDOW:
+            self.threshold += self.gain * (self.sparsity - self._saved / self._tokens)
+            self._saved, self._tokens = 0.0, 0
+        return self.threshold

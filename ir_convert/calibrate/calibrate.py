@@ -1,0 +1,135 @@
+"""Calibration: text and a base model in, a routing out."""
+
+import math
+import resource
+import sys
+import time
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..checkpoint import Checkpoint
+from ..data import Blocks
+from ..errors import UserError
+from ..evaluate import Measured, Quality, measure
+from ..flops import Budget
+from ..progress import Reporter, Silent
+from ..routing import Curve, Routing
+from ..stream import Team, Work
+from .options import Options
+from .recipes import Fitted, fit
+from .threshold import Meter
+
+
+def calibrate(
+    checkpoint: Checkpoint,
+    blocks: Blocks,
+    options: Options | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    report: Reporter | None = None,
+    work: Work | None = None,
+    team: Team | None = None,
+) -> Routing:
+    """Calibrates forecasters, routers and the sparsity -> threshold curve.
+
+    Args:
+        checkpoint: the base model.
+        blocks: calibration text.
+        options: what to do; the defaults are the tables' best for the time it takes.
+        device: where to compute.
+        report: shows progress.
+        work: keeps what is done, so that an interrupted run goes on there.
+        team: the processes that share the work.
+
+    Raises:
+        UserError: an option is not possible, the sparsity out of reach, or the model gives a NaN or infinity.
+    """
+    start = time.monotonic()
+    options = (options or Options()).settled(checkpoint.config)
+    check_reachable(checkpoint, options)
+    report, work, team = report or Silent(), work or Work(), team or Team()
+    fitted = fit(checkpoint, blocks, options, torch.device(device), work, team, report)
+    fit_seconds = time.monotonic() - start
+    decoder = fitted.decoder
+    meter = Meter(decoder, blocks.threshold, options.kv_cache, work, team, report)
+    curve = meter.curve(fitted.units, fitted.scores, options.sparsity, fitted.near)
+    threshold = curve.at(options.sparsity)
+    measured = measure(decoder, fitted.units, blocks.test, [threshold], options.kv_cache, report, work, team)
+    metadata = {
+        "ir_convert_version": __version__,
+        "base_model": checkpoint.name,
+        "weights_sha256": checkpoint.weights_sha256,
+        "model_type": checkpoint.config.model_type,
+        **options.as_dict(),
+        "calibration_sha256": blocks.sha256,
+        "calibration_tokens": {name: getattr(blocks, name).numel() for name in ("fit", "threshold", "test")},
+        "calibration_mixture": blocks.mixture(),
+        "fit_seconds": round(fit_seconds, 1),
+        "calibration_seconds": round(time.monotonic() - start, 1),
+        "peak_memory_bytes": peak_memory(),
+        "threshold": threshold if math.isfinite(threshold) else None,
+        "curve_standard_error": _errors(curve, meter),
+        **_figures(measured, blocks, options, fitted),
+    }
+    return Routing(fitted.units, curve, metadata, fitted.lora)
+
+
+def check_reachable(checkpoint: Checkpoint, options: Options) -> None:
+    """Raises UserError where not even approximating everything would save so much; ``options`` are settled ones."""
+    assert options.rank is not None and options.router_width is not None
+    layers = range(checkpoint.config.num_hidden_layers)
+    shapes = {(layer, unit): (options.rank, options.router_width) for layer in layers for unit in options.units}
+    budget = Budget.of_shapes(checkpoint.config, shapes, options.kv_cache)
+    if options.sparsity > budget.reachable:
+        raise UserError(
+            f"sparsity {options.sparsity:g} is out of reach for this model: approximating every routed unit saves "
+            f"{budget.reachable:.3f} of the FLOPs (what always runs, forecasters and routers cost their share)"
+        )
+
+
+def peak_memory() -> int:
+    """Returns the most resident memory that this process has had, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _errors(curve: Curve, meter: Meter) -> list[float]:
+    return [meter.errors.get(threshold, math.nan) for threshold in curve.threshold]
+
+
+def _figures(measured: Measured, blocks: Blocks, options: Options, fitted: Fitted) -> dict[str, Any]:
+    dense, routed = measured.quality(0), measured.quality(1)
+    budget = measured.budget
+
+    def row(dense: Quality, routed: Quality) -> dict[str, float]:
+        return {
+            "perplexity_dense": dense.perplexity,
+            "perplexity": routed.perplexity,
+            "kl": routed.kl,
+            "agreement": routed.agreement,
+            "sparsity": routed.sparsity,
+            "sparsity_standard_error": routed.sparsity_error,
+            "decisions": routed.decisions,
+        }
+
+    by_source = {
+        name: row(measured.quality(0, mask), measured.quality(1, mask))
+        for index, name in enumerate(blocks.names)
+        if (mask := blocks.sources["test"] == index).any()
+    }
+    return {
+        "test": {"asked": options.sparsity, **row(dense, routed), "sources": by_source},
+        "flops": {
+            **{name: value for name, value in asdict(budget).items() if name != "overhead"},
+            "reachable": budget.reachable,
+            "overhead_share": budget.overhead_share,
+        },
+        "per_unit": [
+            {"layer": layer, "unit": unit, "approximated": routed.approximated[layer, unit]}
+            | fitted.notes.get((layer, unit), {})
+            for layer, unit in fitted.units
+        ],
+    }

@@ -1,0 +1,10 @@
+"""End-to-end training of routing, on one process or many: the published recipe, LoRA on top of it, and a short polish."""
+
+from .gates import Gates
+from .lora import train_lora
+from .model import RoutedModel
+from .paper import train_paper, uniform_shapes
+from .polish import polish
+from .train import Descent, Trace
+
+__all__ = ["Descent", "Gates", "RoutedModel", "Trace", "polish", "train_lora", "train_paper", "uniform_shapes"]

@@ -1,0 +1,108 @@
+"""What end-to-end stages minimise: a loss on the routed model's predictions, and the distance from the asked sparsity."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...flops import Budget, Key
+from ...progress import Reporter
+from .gates import Gates, logistic_noise
+from .model import RoutedModel
+from .train import Descent, Trace, batches, cut, descend
+from .workers import Workers
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Attributes:
+    labels: the next-token targets ``[blocks, sequence]`` (position t is predicted from what precedes it), -100 where none
+        counts; None: the text itself.
+    distil: instead of the labels, KL(dense || routed) of the next-token distributions, where a label counts.
+    sparsity: share of FLOPs to save; None: no penalty.
+    penalty: weight of |sparsity - share of FLOPs saved|, in nats.
+    """
+
+    labels: Tensor | None = None
+    distil: bool = False
+    sparsity: float | None = None
+    penalty: float = 8.0
+
+
+def prediction_loss(logits: Tensor, labels: Tensor, dense: Tensor | None) -> Tensor:
+    """Returns the summed loss in nats of ``logits[batch, sequence, vocabulary]`` against labels or the dense model's logits."""
+    logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    if dense is None:
+        return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    target = F.log_softmax(dense[:, :-1].flatten(0, 1), -1)
+    divergence = F.kl_div(F.log_softmax(logits, -1), target, log_target=True, reduction="none").sum(-1)
+    return divergence[labels != IGNORED].sum()
+
+
+def share_saved(gates: dict[Key, Tensor], budget: Budget) -> Tensor:
+    """Returns the share of FLOPs saved under gates ``[batch, sequence]`` by (layer, unit), overhead subtracted."""
+    saved = [budget.share(unit) * (1 - gate.mean()) for (_, unit), gate in gates.items()]
+    return torch.stack(saved).sum() - budget.overhead_share
+
+
+def train_routed(
+    stage: str,
+    model: RoutedModel,
+    groups: list[tuple[list[nn.Parameter], float]],
+    blocks: Tensor,
+    objective: Objective,
+    rule: Callable[[float], Gates],
+    descent: Descent,
+    *,
+    budget: Budget,
+    seed: int,
+    workers: Workers,
+    report: Reporter,
+) -> Trace:
+    """Trains parameters of a routed model on token blocks ``[blocks, sequence]``; all processes hold all blocks.
+
+    Args:
+        groups: (parameters, learning rate).
+        rule: how to decide, by progress from 0 to 1.
+        seed: of the batches and the gates' noise, which is drawn for the whole batch: the number of processes is not seen.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    labels = cut(blocks if objective.labels is None else objective.labels, descent.length)
+    blocks = cut(blocks, descent.length)
+    order, parts = batches(len(blocks), descent, generator), workers.rows(descent.batch, descent.micro_batch)
+    keys = list(budget.overhead)
+
+    def compute(step: int) -> Tensor:
+        gates, rows = rule(step / max(1, descent.steps - 1)), order[step]
+        ids, targets = blocks[rows], labels[rows]
+        noise = logistic_noise((len(keys), *ids.shape), generator) if gates.rule == "gumbel" else None
+        counted = int((targets[:, 1:] != IGNORED).sum())
+        figures = torch.zeros(3, device=workers.device)
+        for part in parts:
+            x = ids[part].to(workers.device)
+            dense = None
+            if objective.distil:
+                with torch.no_grad():
+                    dense = model(x, Gates("dense")).logits
+            mine = {} if noise is None else {k: noise[i, part].to(workers.device) for i, k in enumerate(keys)}
+            logits, taken = model(x, gates, mine)
+            # The mean over processes of these is the batch's mean over tokens.
+            language = (
+                prediction_loss(logits, targets[part].to(workers.device), dense) * workers.count / max(1, counted)
+            )
+            saved = share_saved(taken, budget)
+            loss = language
+            if objective.sparsity is not None:
+                # All processes see the sparsity of all; the gradient is of one's own part.
+                everyone = workers.mean(saved.detach())
+                distance = (saved - saved.detach() + everyone - objective.sparsity).abs()
+                loss = loss + objective.penalty * distance / len(parts)
+            loss.backward()
+            figures += torch.stack([loss, language, saved / len(parts)]).detach()
+        return figures
+
+    return descend(stage, groups, compute, descent, workers, report, descent.batch * blocks.shape[1])

@@ -1,0 +1,94 @@
+"""A few end-to-end steps from a calibrated routing, under the deterministic rule that will run: no noise, a fixed threshold."""
+
+from dataclasses import replace
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from ...checkpoint import Checkpoint
+from ...flops import Budget
+from ...progress import Reporter
+from ...units import Units
+from .gates import Gates
+from .model import RoutedModel
+from .objective import Objective, train_routed
+from .train import Descent, Trace
+from .workers import Workers
+
+POLISH = Descent(steps=100, batch=16, lr=1e-3)
+
+
+def polish(
+    checkpoint: Checkpoint,
+    units: Units,
+    fit_blocks: Tensor,
+    *,
+    threshold: float,
+    sparsity: float,
+    kv_cache: str = "full",
+    descent: Descent = POLISH,
+    steps: int | None = None,
+    forecaster_lr: float = 0.0,
+    detach: bool = True,
+    temperature: float = 1.0,
+    penalty: float = 8.0,
+    distil: bool = False,
+    labels: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    gradient_checkpointing: bool = False,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    accelerator: Accelerator | None = None,
+    report: Reporter | None = None,
+) -> tuple[Units, Trace]:
+    """Trains routers, and forecasters if asked, through the whole model.
+
+    Args:
+        units: the routing to start from; not changed.
+        fit_blocks: token blocks ``[blocks, sequence]``, the same on every process.
+        threshold: execute where score > threshold, throughout.
+        sparsity: the share of FLOPs that the penalty holds.
+        descent: how; ``lr`` is the routers'.
+        steps: replaces ``descent.steps``.
+        forecaster_lr: of the forecasters; 0 leaves them as they are.
+        detach: where forecasters train, no gradient passes through gates into hidden states (see ``Gates.into_stream``).
+        temperature: of the straight-through gradient, in units of the scores.
+        penalty: weight of |sparsity - share of FLOPs saved|, in nats.
+        distil, labels: what the predictions are judged by, see ``Objective``; by default the text.
+
+    Returns:
+        New units (fp32, CPU), and what the stage saw. Set the threshold again on held-out text.
+
+    Raises:
+        UserError: the loss is NaN or infinite, or the processes cannot share a batch.
+    """
+    workers = Workers(accelerator, device)
+    descent = descent if steps is None else replace(descent, steps=steps)
+    model = RoutedModel(
+        checkpoint,
+        units,
+        kv_cache=kv_cache,
+        dtype=dtype,
+        device=workers.device,
+        gradient_checkpointing=gradient_checkpointing,
+        shard=workers.shard(),
+    )
+    groups = [(model.trainable("router"), descent.lr)]
+    if forecaster_lr:
+        groups.append((model.trainable("forecaster"), forecaster_lr))
+    gates = Gates("straight_through", threshold, temperature, into_stream=not (detach and forecaster_lr))
+    trace = train_routed(
+        "polish",
+        model,
+        groups,
+        fit_blocks,
+        Objective(labels, distil, sparsity, penalty),
+        lambda _: gates,
+        descent,
+        budget=Budget.of(checkpoint.config, units, kv_cache),
+        seed=seed,
+        workers=workers,
+        report=workers.reporter(report),
+    )
+    return model.to_units(), trace

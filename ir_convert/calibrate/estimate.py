@@ -1,0 +1,88 @@
+"""What a calibration will take, said before it begins."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from ..checkpoint import Checkpoint
+from ..data import Blocks
+from ..families import projection_sizes
+from .dense import PROBES
+from .forecaster import BATCH as FORECASTER_BATCH
+from .options import Options
+from .refit import ACTIVATION_STEPS
+from .router import BATCH as ROUTER_BATCH
+from .router import STEPS as ROUTER_STEPS
+
+# Passes over the model that a token of each part makes: forward 1, backward 1 + 2 for each probe, refit 1; the thresholds of
+# both measurements; dense and routed.
+FIT_PASSES, THRESHOLD_PASSES, TEST_PASSES = 3 + 2 * PROBES, 20, 2
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Rough figures, good to a factor of two.
+
+    Attributes:
+        memory: bytes that are resident at the peak, on the device and the host together.
+        disk: bytes of hidden states in the work folder.
+        seconds: of the local recipe; None for the others, which depend on their steps.
+    """
+
+    memory: int
+    disk: int
+    seconds: float | None
+
+    def sentence(self) -> str:
+        time = "" if self.seconds is None else f", {_duration(self.seconds)}"
+        return (
+            f"Calibration will take about {self.memory / 1e9:.1f} GB of memory, {self.disk / 1e9:.1f} GB of disk{time}."
+        )
+
+
+def estimate(
+    checkpoint: Checkpoint, blocks: Blocks, options: Options, device: torch.device, processes: int
+) -> Estimate:
+    """Estimates from the model's sizes and this device's measured speed at a product of that size."""
+    assert options.rank is not None and options.router_width is not None
+    config, sizes = checkpoint.config, projection_sizes(checkpoint.config)
+    d, layers, units = config.hidden_size, config.num_hidden_layers, len(options.units)
+    fit, threshold, test = (getattr(blocks, part).numel() // processes for part in ("fit", "threshold", "test"))
+    layer = sum(inputs * outputs for inputs, outputs in sizes.values())
+    head = config.vocab_size * d
+
+    tokens = FIT_PASSES * fit + THRESHOLD_PASSES * threshold + TEST_PASSES * test
+    statistics = 2 * 2 * units * fit * 2 * d * d
+    routers = units * ROUTER_STEPS * ROUTER_BATCH * 6 * d * options.router_width
+    forecasters = units * ACTIVATION_STEPS * FORECASTER_BATCH * 12 * d * options.rank
+    flops = layers * (tokens * 2 * layer + statistics + (routers + forecasters) // processes)
+    flops += 2 * head * (fit * (1 + 2 * PROBES) + 2 * test)
+
+    tall = 4 * fit * d * units * (2 + PROBES)  # inputs, outputs and gradients of one layer's units
+    small = 16 * d * d * units + 4 * 2 * layer  # statistics; weights, twice while they are read
+    memory = 5 * 10**8 + max(tall + small, 4 * head + tall // 4)
+    if options.recipe != "local" or options.polish:
+        memory += 4 * (layers * layer + 2 * head) * 2
+    states = 4 * d * max(fit * (layers + 1 + 2 * PROBES), threshold * THRESHOLD_PASSES * 2)
+    seconds = (
+        flops / _speed(d, sizes["up_proj"][1], device) if options.recipe == "local" and not options.polish else None
+    )
+    return Estimate(memory, states, seconds)
+
+
+def _speed(inner: int, outer: int, device: torch.device) -> float:
+    """Returns FLOPs a second of an fp32 product of this size; small ones lose some to everything around them."""
+    a, b = torch.randn(2048, inner, device=device), torch.randn(inner, outer, device=device)
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        float((a @ b)[0, 0])
+        best = min(best, time.perf_counter() - start)
+    return 0.6 * 2 * 2048 * inner * outer / best
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

@@ -1,0 +1,79 @@
+"""What a calibration may be told."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from ..choices import KV_CACHES, RECIPES
+from ..errors import UserError
+from ..families import UNITS
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of a calibration; each is a flag of the command.
+
+    Attributes:
+        recipe: ``local`` (streamed, layer by layer), ``paper`` (the published one, trained end to end), or ``greedy``
+            (no forecasters, routers trained end to end: the baseline).
+        sparsity: share of FLOPs to save by default, in [0, 1).
+        units: which units are routed.
+        rank: mean rank of the forecasters; None by the model's width. The local recipe spends the same FLOPs unevenly.
+        router_width: hidden units of the routers; None by the model's width.
+        kv_cache: ``full``: approximated tokens leave keys and values, too. ``strict``: they leave none.
+        polish: end-to-end steps after the recipe.
+        lora: of the paper recipe: adapt the base weights last.
+        steps: of each stage of the paper and greedy recipes.
+        seed: of everything drawn at random.
+    """
+
+    recipe: str = "local"
+    sparsity: float = 0.4
+    units: tuple[str, ...] = UNITS
+    rank: int | None = None
+    router_width: int | None = None
+    kv_cache: str = "full"
+    polish: int = 0
+    lora: bool = False
+    steps: int = 2000
+    seed: int = 0
+
+    def settled(self, config: PretrainedConfig) -> "Options":
+        """Returns the options with the model's defaults filled in.
+
+        Raises:
+            UserError: an option is not possible.
+        """
+        if not 0 <= self.sparsity < 1:
+            raise UserError(f"sparsity {self.sparsity:g} is not in [0, 1): it is the share of FLOPs to save, e.g. 0.4")
+        for name, value, known in (
+            ("recipe", self.recipe, RECIPES),
+            ("kv-cache", self.kv_cache, KV_CACHES),
+            *(("units", unit, UNITS) for unit in self.units),
+        ):
+            if value not in known:
+                raise UserError(f"--{name} '{value}' is not known: give {' or '.join(known)}")
+        if not self.units or len(set(self.units)) < len(self.units):
+            raise UserError("--units names no unit, or one twice: give attention,mlp or one of the two")
+        if self.lora and self.recipe != "paper":
+            raise UserError("--lora is the paper recipe's last stage: give --recipe paper as well")
+        hidden = config.hidden_size
+        rank = default_rank(hidden) if self.rank is None else self.rank
+        if rank > hidden:
+            raise UserError(f"rank {rank} is more than the model's width, {hidden}: give a smaller --rank")
+        width = default_router_width(hidden) if self.router_width is None else self.router_width
+        values = asdict(self) | {"rank": 0 if self.recipe == "greedy" else rank, "router_width": width}
+        return Options(**values | {"units": tuple(unit for unit in UNITS if unit in self.units)})
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"units": list(self.units)}
+
+
+def default_rank(hidden: int) -> int:
+    """The published rank is about 100 of 4096; narrower models need relatively more and can afford less."""
+    return max(8, min(100, hidden // 16))
+
+
+def default_router_width(hidden: int) -> int:
+    return max(4, min(32, hidden // 24))

@@ -1,0 +1,183 @@
+"""The recipes behind one door: each gives forecasters, routers, and about the threshold of the asked sparsity."""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import Checkpoint
+from ..data import Blocks
+from ..decoder import Decoder
+from ..flops import Key
+from ..progress import Reporter
+from ..stream import Result, Team, Work, chunks
+from ..units import RoutedUnit, Units
+from .local import fit_local
+from .threshold import Meter
+from .options import Options
+
+Lora = dict[str, tuple[Tensor, Tensor]]
+# The published rates are for 2000 steps of whole batches; shorter runs take larger steps, up to a point.
+PUBLISHED_STEPS, MOST_RATE = 2000, 10.0
+BATCH, LENGTH = 8, 256
+POLISH_LR, POLISH_FORECASTER_LR, POLISH_TEMPERATURE = 2e-3, 1e-3, 0.5
+
+
+@dataclass
+class Fitted:
+    """What a recipe gives.
+
+    Attributes:
+        units: forecaster and router by (layer, unit).
+        decoder: the model they are for, LoRA folded in.
+        scores: the routers' scores on the dense stream ``[tokens]``; they say where thresholds lie.
+        near: a sparsity, and about the threshold that gives it.
+        notes: figures for the metadata, by (layer, unit).
+        lora: changes of base weights.
+    """
+
+    units: Units
+    decoder: Decoder
+    scores: dict[Key, Tensor]
+    near: tuple[float, float]
+    notes: dict[Key, dict[str, float]] = field(default_factory=dict)
+    lora: Lora = field(default_factory=dict)
+
+
+def fit(
+    checkpoint: Checkpoint,
+    blocks: Blocks,
+    options: Options,
+    device: torch.device,
+    work: Work,
+    team: Team,
+    report: Reporter,
+) -> Fitted:
+    """Runs the recipe that settled ``options`` name, and the polish if they ask for one."""
+    decoder = Decoder(checkpoint, device)
+    # The end-to-end stages want a sparsity to aim at; at 0 any will do.
+    aim = options.sparsity or 0.25
+    meter = Meter(decoder, blocks.threshold, options.kv_cache, work, team, report)
+    if options.recipe == "local":
+        local = fit_local(decoder, blocks, replace(options, sparsity=aim), meter, work, team, report)
+        fitted = Fitted(local.units, decoder, local.scores, (aim, local.threshold), local.notes)
+    else:
+        fitted = _end_to_end(checkpoint, blocks, options, aim, meter, work, report)
+    if options.polish:
+        fitted = _polish(fitted, blocks, options, aim, meter, work, report)
+    return fitted
+
+
+def _end_to_end(
+    checkpoint: Checkpoint, blocks: Blocks, options: Options, aim: float, meter: Meter, work: Work, report: Reporter
+) -> Fitted:
+    from .endtoend import Descent, train_lora, train_paper, uniform_shapes
+
+    assert options.rank is not None and options.router_width is not None
+    decoder, steps = meter.decoder, options.steps
+    rate = min(MOST_RATE, PUBLISHED_STEPS / steps)
+    shapes = uniform_shapes(checkpoint.config, options.rank, options.router_width, options.units)
+    ids = _cut(blocks.fit)
+
+    def train() -> Result:
+        units, _ = train_paper(
+            checkpoint,
+            ids,
+            shapes,
+            sparsity=aim,
+            kv_cache=options.kv_cache,
+            greedy=options.recipe == "greedy",
+            forecasters=Descent(steps, BATCH, 1e-3 * rate, length=128),
+            routers=Descent(steps, BATCH, 2e-3 * rate),
+            seed=options.seed,
+            device=decoder.device,
+            report=report,
+        )
+        return _flat(units)
+
+    units = _units(work.once("endtoend", train))
+    scores = _dense_scores(decoder, units, blocks.threshold)
+    near = meter.near(units, scores, aim)
+    if not options.lora:
+        return Fitted(units, decoder, scores, (aim, near))
+
+    def adapt() -> Result:
+        descent = Descent(steps, BATCH, 2e-4 * rate)
+        lora, _ = train_lora(
+            checkpoint,
+            units,
+            ids,
+            threshold=near,
+            kv_cache=options.kv_cache,
+            descent=descent,
+            seed=options.seed,
+            device=decoder.device,
+            report=report,
+        )
+        return {f"{part} {name}": t for name, pair in lora.items() for part, t in zip("ab", pair, strict=True)}
+
+    tensors = work.once("lora", adapt)
+    lora = {name[2:]: (tensors[name], tensors["b" + name[1:]]) for name in tensors if name.startswith("a ")}
+    decoder = Decoder(checkpoint.with_lora(lora), decoder.device)
+    meter = replace(meter, decoder=decoder)
+    return Fitted(units, decoder, scores, (aim, meter.near(units, scores, aim, "lora")), lora=lora)
+
+
+def _polish(
+    fitted: Fitted, blocks: Blocks, options: Options, aim: float, meter: Meter, work: Work, report: Reporter
+) -> Fitted:
+    from .endtoend import Descent, polish
+
+    def train() -> Result:
+        units, _ = polish(
+            fitted.decoder.checkpoint,
+            fitted.units,
+            _cut(blocks.fit),
+            threshold=fitted.near[1],
+            sparsity=aim,
+            kv_cache=options.kv_cache,
+            descent=Descent(options.polish, BATCH, POLISH_LR, average=True),
+            forecaster_lr=POLISH_FORECASTER_LR,
+            temperature=POLISH_TEMPERATURE,
+            seed=options.seed,
+            device=fitted.decoder.device,
+            report=report,
+        )
+        return _flat(units)
+
+    units = _units(work.once("polish", train))
+    scores = _dense_scores(fitted.decoder, units, blocks.threshold)
+    near = replace(meter, decoder=fitted.decoder).near(units, scores, aim, "polished")
+    return replace(fitted, units=units, scores=scores, near=(aim, near))
+
+
+@torch.no_grad()
+def _dense_scores(decoder: Decoder, units: Units, ids: Tensor) -> dict[Key, Tensor]:
+    """Returns the routers' scores ``[tokens]`` on the dense stream of ``ids[blocks, sequence]``, at most 8192 tokens."""
+    rows = next(iter(chunks(*ids.shape)))
+    x, scores = decoder.embed(ids[rows]).to(decoder.device), {}
+    for index, layer in decoder.layers():
+        for unit in ("attention", "mlp"):
+            h = layer.norm(unit, x)
+            if (routed := units.get((index, unit))) is not None:
+                scores[index, unit] = routed.to(decoder.device).router(h).flatten().cpu()
+            x = x + layer.run(unit, h)
+    return scores
+
+
+def _cut(blocks: Tensor) -> Tensor:
+    """Cuts blocks to the length that end-to-end training runs on."""
+    length = min(LENGTH, blocks.shape[1])
+    return blocks[:, : blocks.shape[1] // length * length].reshape(-1, length)
+
+
+def _flat(units: Units) -> Result:
+    return {f"{layer}.{unit}.{name}": t for (layer, unit), u in units.items() for name, t in u.tensors().items()}
+
+
+def _units(tensors: Result) -> Units:
+    grouped: dict[Key, Result] = {}
+    for name, tensor in tensors.items():
+        layer, unit, rest = name.split(".", 2)
+        grouped.setdefault((int(layer), unit), {})[rest] = tensor
+    return {key: RoutedUnit.from_tensors(grouped[key]) for key in sorted(grouped)}

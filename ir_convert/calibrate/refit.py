@@ -1,0 +1,89 @@
+"""One routed pass over the fit blocks: forecasters are fitted again to the tokens they serve, as earlier ones change the stream."""
+
+import torch
+from torch import Tensor
+
+from ..decoder import Decoder, Layer
+from ..flops import Key
+from ..progress import Reporter
+from ..stream import chunks
+from ..units import RoutedUnit, Units, merge
+from .forecaster import Moments, train_activation
+from .options import Options
+from ..stream import by_layer, embed, named, require_finite, sweep
+from ..stream import Team
+from ..stream import Result, States, Work
+
+EXECUTED_WEIGHT = 0.3
+ACTIVATION_STEPS = 300
+
+
+def refit(
+    decoder: Decoder,
+    units: Units,
+    ranks: dict[Key, int],
+    ids: Tensor,
+    count: int,
+    threshold: float,
+    options: Options,
+    work: Work,
+    team: Team,
+    report: Reporter,
+    activation_steps: int = ACTIVATION_STEPS,
+) -> Units:
+    """Returns the units with new forecasters.
+
+    Tokens that the router approximates weigh 1, the others 0.3: the forecaster serves the former, the latter keep it from
+    overfitting and let the threshold move later.
+
+    Args:
+        ids: this process's blocks ``[blocks, sequence]``, of ``count`` over all processes.
+    """
+    shape = (*ids.shape, decoder.config.hidden_size)
+    sample = team.sample(count, ids.shape[1], decoder.device)
+
+    @torch.no_grad()
+    def step(index: int, layer: Layer, source: States, target: States) -> Result:
+        result: Result = {}
+        for rows in chunks(*ids.shape):
+            target[rows] = source[rows]
+        for unit in ("attention", "mlp"):
+            routed = units.get((index, unit))
+            inputs, outputs, executes = [], [], []
+            moments = Moments(shape[-1], shape[-1], decoder.device)
+            for rows in chunks(*ids.shape):
+                x = target[rows].to(decoder.device)
+                h = layer.norm(unit, x)
+                execute = routed.execute(h, threshold) if routed else torch.ones(h.shape[:2], dtype=torch.bool)
+                strict = routed and unit == "attention" and options.kv_cache == "strict"
+                y = layer.run(unit, h, execute if strict else None)
+                require_finite(y, index, unit, rows)
+                if routed:
+                    weight = torch.where(execute, EXECUTED_WEIGHT, 1.0)
+                    moments.add(h, y, weight)
+                    inputs.append(h.flatten(0, 1))
+                    outputs.append(y.flatten(0, 1))
+                    executes.append(execute.flatten())
+                else:
+                    target[rows] = (x + y).cpu()
+            if not routed:
+                continue
+            h, y, execute = torch.cat(inputs), torch.cat(outputs), torch.cat(executes)
+            del inputs, outputs
+            forecaster, _ = moments.share(team).fit(ranks[index, unit])
+            with torch.enable_grad():
+                weight = torch.where(execute, EXECUTED_WEIGHT, 1.0)
+                seed = options.seed + 1000 * index + len(unit)
+                forecaster = train_activation(forecaster, h, y, weight, activation_steps, seed, sample)
+            result |= named(unit, {name: t for name, t in RoutedUnit(forecaster, routed.router).tensors().items()})
+            for rows in chunks(*ids.shape):
+                flat = slice(rows.start * ids.shape[1], rows.stop * ids.shape[1])
+                change = merge(execute[flat], y[flat], forecaster(h[flat])).cpu()
+                target[rows] = target[rows] + change.view(-1, *shape[1:])
+        return result or {"done": torch.ones(1)}
+
+    results, states = sweep(
+        decoder, work, "refit", report, shape, lambda x: embed(decoder, ids, x), step, tokens=ids.numel()
+    )
+    states[-1].discard()
+    return {key: RoutedUnit.from_tensors(t) for key, t in by_layer(results, options.units).items() if key in units}

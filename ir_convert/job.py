@@ -1,0 +1,65 @@
+"""One conversion as a job: what it depends on, where its unfinished work lies, and whether it was done before."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+from .outputs import Output
+from .routing import Routing
+from .stream import Team, Work
+
+JOB, ROUTING = "job.json", "routing.safetensors"
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that decides what a calibration gives, by the names that the user knows: model, data, options."""
+
+    values: dict[str, Any]
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(json.dumps(self.values, sort_keys=True).encode()).hexdigest()
+
+    def did(self, output: Output) -> bool:
+        """Tells whether an output stands there whole and was made by this very job."""
+        if not output.path.exists() or not output.routing_file.is_file():
+            return False
+        try:
+            return Routing.load(output.routing_file).metadata.get("job_sha256") == self.sha256
+        except UserError:
+            return False
+
+    def work(self, output: Output, restart: bool, team: Team) -> Work:
+        """Opens the work folder beside the output, where an interrupted run of this job goes on.
+
+        Raises:
+            UserError: another job was interrupted there.
+        """
+        folder = output.path.parent / f".{output.path.name}.work"
+        team.wait()
+        if team.rank == 0:
+            if restart:
+                Work(folder).clear()
+            self._claim(folder)
+        team.wait()
+        return Work(folder if team.size == 1 else folder / f"process-{team.rank}")
+
+    def _claim(self, folder: Path) -> None:
+        try:
+            before = json.loads((folder / JOB).read_text("utf-8"))
+        except (OSError, ValueError):  # none, or killed while it was being written: nothing had begun
+            Work(folder).clear()
+            folder.mkdir(parents=True)
+            (folder / JOB).write_text(json.dumps(self.values, indent=2) + "\n", "utf-8")
+            return
+        now = json.loads(json.dumps(self.values))
+        changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+        if changed:
+            differences = ", ".join(f"{name} was {before.get(name)}, is now {now.get(name)}" for name in changed)
+            raise UserError(
+                f"an interrupted run waits in {folder}, but {differences}: run its command again to go on, or give --restart"
+            )

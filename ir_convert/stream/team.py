@@ -1,0 +1,99 @@
+"""Processes that share a calibration's blocks: each takes every n-th block, and what they measure is added up."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from torch import Tensor
+
+
+class Team:
+    """One process, or those that ``accelerate launch`` (or torchrun) started.
+
+    Attributes:
+        rank: this process, from 0.
+        size: of how many.
+    """
+
+    def __init__(self, alone: bool = False) -> None:
+        together = not alone and dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if together else 0
+        self.size = dist.get_world_size() if together else 1
+
+    @classmethod
+    def assemble(cls, device: torch.device) -> "Team":
+        """Joins the processes that a launcher started, if one did."""
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+            PartialState(cpu=device.type == "cpu")
+        return cls()
+
+    def device(self, device: torch.device) -> torch.device:
+        """Returns this process's own device of that type."""
+        return PartialState().device if self.size > 1 and device.type != "cpu" else device
+
+    def mine(self, blocks: Tensor) -> Tensor:
+        """Returns this process's share of ``blocks[count, ...]``."""
+        return blocks[self.rank :: self.size]
+
+    def local(self, tokens: Tensor, block: int) -> Tensor:
+        """Picks, of token numbers over all blocks of ``block`` tokens, this process's, as places in its share."""
+        if self.size == 1:
+            return tokens
+        blocks = tokens // block
+        return ((blocks // self.size) * block + tokens % block)[blocks % self.size == self.rank]
+
+    def sum(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """Adds up tensors over all processes, in place, and returns them."""
+        tensors = list(tensors)
+        if self.size > 1:
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+        return tensors
+
+    def gather(self, values: Tensor, count: int, axis: int = 0) -> Tensor:
+        """Puts every process's values back in the order of all ``count`` blocks along ``axis``; on the CPU."""
+        if self.size == 1:
+            return values.cpu()
+        values = values.movedim(axis, 0)
+        whole = torch.zeros(count, *values.shape[1:], dtype=values.dtype, device=values.device)
+        whole[self.rank :: self.size] = values
+        dist.all_reduce(whole)
+        return whole.movedim(0, axis).cpu()
+
+    def sample(self, blocks: int, block: int, device: torch.device) -> "Sample":
+        """Returns what draws tokens from ``blocks`` blocks of ``block`` tokens, counted over all processes."""
+        return Sample(self, blocks, block, device)
+
+    def wait(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Draws the same tokens however many processes share them; each gets those that are its own.
+
+    Attributes:
+        blocks, block: how many blocks there are over all processes, of how many tokens.
+    """
+
+    team: Team
+    blocks: int
+    block: int
+    device: torch.device
+
+    @property
+    def tokens(self) -> int:
+        return self.blocks * self.block
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Draws ``count`` tokens over all processes; returns the places of this process's (a CPU generator decides)."""
+        rows = torch.randint(self.tokens, (count,), generator=generator)
+        return self.team.local(rows, self.block).to(self.device)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Returns the mean over all processes' tokens of ``values[tokens, ...]``, fp32."""
+        return self.team.sum([values.double().sum(0)])[0].div(self.tokens).float()

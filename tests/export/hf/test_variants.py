@@ -1,0 +1,158 @@
+"""Whatever a routing file asks for, the checkpoint computes: against calibration's own forward pass."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from onnx_reference import batches
+from routed_models import tokens
+from stream_reference import StreamReference
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from variants import VARIANTS
+
+from ir_convert.export.hf import load, write
+from ir_convert.families import UNITS
+from ir_convert.flops import Budget
+
+PROPERTY = settings(
+    max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+thresholds = st.one_of(st.floats(-4, 4), st.sampled_from([-math.inf, math.inf]))
+GREEDY = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False}
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def variant(request, tmp_path_factory) -> tuple[PreTrainedModel, StreamReference]:
+    """(the checkpoint's model, its reference) of every variant."""
+    checkpoint, routing = VARIANTS[request.param].make(tmp_path_factory.mktemp("base"))
+    folder = tmp_path_factory.mktemp("ir")
+    write(checkpoint, routing, folder)
+    return load(folder).eval(), StreamReference(checkpoint, routing)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@PROPERTY
+@given(batch=batches(), threshold=thresholds)
+@torch.no_grad()
+def test_logits(variant, attention, batch, threshold):
+    """In pieces, over a cache."""
+    model, reference = variant
+    expected = reference(batch.ids, batch.mask, threshold)
+    assume(expected.margin > 1e-4)  # nearer than that, rounding decides
+    model.set_attn_implementation(attention)
+    model.config.routing_threshold = threshold
+    positions = (batch.mask.cumsum(1) - 1).clamp(min=0)
+    logits, end, cache = [], 0, DynamicCache(config=model.config)
+    for piece in batch.pieces:
+        start, end = end, end + piece
+        given = {"attention_mask": batch.mask[:, :end], "position_ids": positions[:, start:end]}
+        logits.append(model(batch.ids[:, start:end], past_key_values=cache, **given).logits)
+    got, real = torch.cat(logits, 1), batch.mask.bool()
+    assert torch.isfinite(got).all()
+    torch.testing.assert_close(got[real], expected.logits[real], atol=1e-4, rtol=0)
+
+
+@PROPERTY
+@given(batch=batches(), threshold=thresholds)
+@torch.no_grad()
+def test_statistics_and_skipped_work(variant, batch, threshold):
+    """Rows that reach each projection are the executed tokens; without a cache."""
+    model, reference = variant
+    decoder, routing = reference.decoder, reference.routing
+    every = torch.ones_like(batch.mask)
+    expected = reference(batch.ids, every, threshold)
+    assume(expected.margin > 1e-4)
+    model.set_attn_implementation("sdpa")
+    model.config.routing_threshold = threshold
+    rows: dict[tuple[int, str], int] = {}
+    hooks = []
+    for index, layer in enumerate(model.model.layers):
+        for name, module in layer.named_modules():
+            if name.endswith("_proj"):
+                key = (index, name.split(".")[-1])
+
+                def count(_, args, key=key):
+                    rows[key] = rows.get(key, 0) + args[0].shape[:-1].numel()
+
+                hooks.append(module.register_forward_pre_hook(count))
+    with model.routing_statistics() as seen:
+        logits = model(batch.ids).logits
+    for hook in hooks:
+        hook.remove()
+    torch.testing.assert_close(logits, expected.logits, atol=1e-4, rtol=0)
+
+    strict = routing.kv_cache == "strict"
+    for index in range(3):
+        for unit in UNITS:
+            places = decoder.checkpoint.family.unit(unit)
+            executed = expected.executed.get((index, unit), every.bool())
+            always = () if strict else places.kept
+            for name in places.skipped + places.kept:
+                count = batch.ids.numel() if name in always else int(executed.sum())
+                assert rows.get((index, name), 0) == count
+
+    rates = {key: 1 - executed.float().mean().item() for key, executed in expected.executed.items()}
+    assert set(seen.counts) == set(rates)
+    budget = Budget.of(decoder.config, routing.units, routing.kv_cache)
+    dense = threshold == -math.inf  # then routers and forecasters do not run either
+    assert seen.sparsity == pytest.approx(0 if dense else budget.sparsity(rates), abs=1e-6)
+    assert seen.decisions == pytest.approx(budget.decisions(rates), abs=1e-6)
+
+
+@torch.no_grad()
+def test_cache_holds_executed_tokens_only_where_strict(variant):
+    model, reference = variant
+    ids = tokens(3, 14)
+    every = torch.ones_like(ids)
+    model.config.routing_threshold = 0.0
+    expected = reference(ids, every, 0.0)
+    assert expected.margin > 1e-5
+    strict, cache = reference.routing.kv_cache == "strict", DynamicCache()
+    model(ids, past_key_values=cache)
+    for index in range(3):
+        kept = expected.executed.get((index, "attention"), every.bool()) if strict else every.bool()
+        for part in (cache.layers[index].keys, cache.layers[index].values):
+            assert part.ne(0).any(-1).any(1).equal(kept)
+
+
+@torch.no_grad()
+def test_dense_is_the_base_model(variant):
+    """Its low-rank changes folded in by hand."""
+    model, reference = variant
+    base = AutoModelForCausalLM.from_pretrained(reference.decoder.checkpoint.path, dtype=torch.float32).eval()
+    for name, (a, b) in reference.routing.lora.items():
+        base.get_parameter(name).add_(b @ a)
+    model.set_sparsity(0)
+    ids = tokens(2, 15)
+    torch.testing.assert_close(model(ids).logits, base(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_greedy_with_any_cache(variant):
+    model, reference = variant
+    model.config.routing_threshold = reference.routing.threshold
+    rows = [tokens(1, length, seed=length) for length in (5, 11, 8)]
+    ids = torch.cat([torch.nn.functional.pad(row, (11 - row.shape[1], 0)) for row in rows])
+    mask = (ids > 0).long()
+    with model.routing_statistics() as seen:
+        together = model.generate(ids, attention_mask=mask, **GREEDY)[:, 11:]
+    assert 0.1 < seen.decisions < 0.9
+    static = model.generate(ids, attention_mask=mask, **GREEDY, cache_implementation="static")[:, 11:]
+    assert static.equal(together)
+    for row, expected in zip(rows, together, strict=True):
+        for use_cache in (True, False):
+            assert model.generate(row, **GREEDY, use_cache=use_cache)[0, row.shape[1] :].equal(expected)
+
+
+@torch.no_grad()
+def test_gradients_are_finite(variant):
+    model, _ = variant
+    model.config.routing_threshold = 0.0
+    ids = tokens(2, 9)
+    with torch.enable_grad():
+        model(ids, labels=ids).loss.backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    model.zero_grad(set_to_none=True)
+    assert len(gradients) > 20
+    assert all(gradient.isfinite().all() for gradient in gradients)
