@@ -7,6 +7,7 @@ one tests. So calibration and test text is unseen in training, and from the same
 """
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def _pieces(text: str) -> list[str]:
     while cuts[-1] < len(text):
         end = text.find("\n", cuts[-1] + PIECE) + 1
         cuts.append(end or len(text))
-    return [text[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [text[a:b] for a, b in itertools.pairwise(cuts)]
 
 
 if __name__ == "__main__":

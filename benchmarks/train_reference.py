@@ -17,15 +17,15 @@ from books import books
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from training import BATCH_TOKENS, BLOCK, perplexity, round_weights, save, tokenise, train, train_tokenizer  # noqa: E402
+from training import BATCH_TOKENS, BLOCK, perplexity, round_weights, save, tokenise, train, train_tokenizer
 
 MODELS = {
-    "novels": ("*", dict(model_type="llama", vocab_size=4096, hidden_size=192, intermediate_size=512,
-                         num_hidden_layers=8, num_attention_heads=6, num_key_value_heads=2)),
-    "diary": ("*pepys*", dict(model_type="qwen3", vocab_size=2048, hidden_size=128, intermediate_size=384, head_dim=32,
-                              num_hidden_layers=10, num_attention_heads=4, num_key_value_heads=2)),
-    "large": ("*", dict(model_type="llama", vocab_size=8192, hidden_size=512, intermediate_size=1408,
-                        num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=4)),
+    "novels": ("*", {"model_type": "llama", "vocab_size": 4096, "hidden_size": 192, "intermediate_size": 512,
+                         "num_hidden_layers": 8, "num_attention_heads": 6, "num_key_value_heads": 2}),
+    "diary": ("*pepys*", {"model_type": "qwen3", "vocab_size": 2048, "hidden_size": 128, "intermediate_size": 384, "head_dim": 32,
+                              "num_hidden_layers": 10, "num_attention_heads": 4, "num_key_value_heads": 2}),
+    "large": ("*", {"model_type": "llama", "vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1408,
+                        "num_hidden_layers": 12, "num_attention_heads": 8, "num_key_value_heads": 4}),
 }  # fmt: skip
 CARD = """# {name}
 

@@ -3,7 +3,6 @@
 import json
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -80,7 +79,7 @@ def train(
 
 def round_weights(model: PreTrainedModel) -> PreTrainedModel:
     """Returns the model as its bfloat16 checkpoint will be read, in fp32 on the CPU: figures are of what is written."""
-    return model.to("cpu", torch.bfloat16).float().eval()
+    return model.cpu().bfloat16().float().eval()
 
 
 @torch.no_grad()
@@ -93,7 +92,7 @@ def perplexity(model: PreTrainedModel, ids: Tensor) -> tuple[float, float]:
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, out: Path, card: str) -> None:
     """Writes the checkpoint in bfloat16, with its model card."""
-    model = model.to(torch.bfloat16)
+    model = model.bfloat16()
     model.config.dtype = torch.bfloat16
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)

@@ -109,14 +109,15 @@ def measure(
         head = decoder.head()
         for block, tokens in enumerate(mine):
             figures[:, :, block] = _figures(head, x[slice(block, block + 1)][0].to(decoder.device), tokens)
-        x.discard()
+        # x stays: a run that is killed before the figures are saved needs it again.
         rates = {f"{layer}.{unit}": rate for (layer, unit), rate in approximated.items()}
         return {"figures": figures} | rates
 
     result = work.once("evaluated", compute)
     figures = team.gather(result["figures"], len(ids), axis=2)
     rates = {(layer, unit): team.gather(result[f"{layer}.{unit}"], len(ids), axis=1) for layer, unit in units}
-    return Measured(*figures, rates, Budget.of(decoder.config, units, kv_cache))
+    nll, kl, agree = figures
+    return Measured(nll, kl, agree, rates, Budget.of(decoder.config, units, kv_cache))
 
 
 @torch.no_grad()

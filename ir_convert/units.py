@@ -95,14 +95,13 @@ class RoutedUnit:
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> "RoutedUnit":
         """The inverse of ``tensors``."""
-        parts = {
-            part: kind(**{field.name: tensors[f"{part}.{field.name}"] for field in fields(kind)})
-            for part, kind in _PARTS.items()
-        }
-        return cls(**parts)
+        forecaster, router = (
+            [tensors[f"{part}.{field.name}"] for field in fields(kind)] for part, kind in _PARTS.items()
+        )
+        return cls(Forecaster(*forecaster), Router(*router))
 
 
-_PARTS = {"forecaster": Forecaster, "router": Router}
+_PARTS: dict[str, type[Forecaster] | type[Router]] = {"forecaster": Forecaster, "router": Router}
 
 # By (layer, unit); a unit that is missing is not routed.
 Units = dict[tuple[int, str], RoutedUnit]

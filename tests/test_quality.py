@@ -6,18 +6,21 @@ import pytest
 import torch
 from trained import Converted
 
-from ir_convert.calibrate import calibrate, read_blocks
-from ir_convert.evaluate import Quality, evaluate
-from ir_convert.flops import Budget
-from ir_convert.progress import Silent
+from ir_convert.calibrate import Options, calibrate
+from ir_convert.data import Blocks, Source, read_blocks
+from ir_convert.evaluate import Quality, measure
 
 
 @pytest.fixture(scope="module")
 def figures(converted: Converted) -> list[Quality]:
     """Dense, and sparsity 0.25 and 0.5, on unseen text."""
     thresholds = [converted.routing.curve.at(sparsity) for sparsity in (0.25, 0.5)]
-    args = converted.decoder, converted.routing.units, converted.budget, converted.unseen, thresholds, Silent()
-    return evaluate(*args)
+    measured = measure(converted.decoder, converted.routing.units, converted.unseen, thresholds)
+    return [measured.quality(place) for place in range(3)]
+
+
+def calibration(converted: Converted, tokens: int) -> Blocks:
+    return read_blocks([Source(str(converted.folder / "calibration.txt"))], converted.tokenizer, tokens)
 
 
 def test_dense_perplexity_is_the_base_models(converted, figures):
@@ -37,11 +40,9 @@ def test_more_sparsity_costs_more(figures):
 
 
 def test_forecasting_beats_skipping(converted, figures):
-    blocks = read_blocks(converted.folder / "calibration.txt", converted.tokenizer, 65536)
-    greedy = calibrate(converted.checkpoint, blocks, sparsity=0.25, rank=0)
-    budget = Budget.of(converted.checkpoint.config, 0, greedy.router_width)
-    args = converted.decoder, greedy.units, budget, converted.unseen, [greedy.threshold], Silent()
-    dense, skipping = evaluate(*args)
+    greedy = calibrate(converted.checkpoint, calibration(converted, 65536), Options(sparsity=0.25, rank=0))
+    measured = measure(converted.decoder, greedy.units, converted.unseen, [greedy.threshold])
+    dense, skipping = measured.quality(0), measured.quality(1)
     excess = math.log(figures[1].perplexity / dense.perplexity)
     greedy_excess = math.log(skipping.perplexity / dense.perplexity)
     assert skipping.sparsity < figures[1].sparsity + 0.02  # no forecaster cost is counted against skipping
@@ -50,8 +51,8 @@ def test_forecasting_beats_skipping(converted, figures):
 
 def test_same_seed_same_routing(converted):
     """Two calibrations with the same options are equal bit for bit."""
-    blocks = read_blocks(converted.folder / "calibration.txt", converted.tokenizer, 12_000)
-    one, other = (calibrate(converted.checkpoint, blocks, sparsity=0.3, rank=4, seed=7) for _ in range(2))
+    blocks, options = calibration(converted, 12_000), Options(sparsity=0.3, rank=4, seed=7)
+    one, other = (calibrate(converted.checkpoint, blocks, options) for _ in range(2))
     assert one.curve == other.curve
     for key, unit in one.units.items():
         for name, tensor in unit.tensors().items():

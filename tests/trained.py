@@ -43,7 +43,8 @@ class Converted:
         calibration = folder / "calibration.txt"
         calibration.write_text(stdlib_text("calibration"), encoding="utf-8")
         outs = ["onnx/ir-tiny.onnx", "ir-tiny", "ir-tiny.safetensors"]
-        command = [sys.executable, "-m", "ir_convert", TINY, "--sparsity", "0.25", "--calibration", calibration]
+        command = [sys.executable, "-m", "ir_convert", TINY, "--sparsity", "0.25"]
+        command += ["--calibration", calibration, "--tokens", "65536"]
         command += [argument for out in outs for argument in ("--out", folder / out)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
@@ -67,7 +68,7 @@ class Converted:
 
     @cached_property
     def budget(self) -> Budget:
-        return Budget.of(self.checkpoint.config, self.routing.rank, self.routing.router_width)
+        return Budget.of(self.checkpoint.config, self.routing.units, self.routing.kv_cache)
 
     @cached_property
     def base(self) -> PreTrainedModel:

@@ -79,9 +79,8 @@ def calibrate(
 
 def check_reachable(checkpoint: Checkpoint, options: Options) -> None:
     """Raises UserError where not even approximating everything would save so much; ``options`` are settled ones."""
-    assert options.rank is not None and options.router_width is not None
     layers = range(checkpoint.config.num_hidden_layers)
-    shapes = {(layer, unit): (options.rank, options.router_width) for layer in layers for unit in options.units}
+    shapes = {(layer, unit): options.shape for layer in layers for unit in options.units}
     budget = Budget.of_shapes(checkpoint.config, shapes, options.kv_cache)
     if options.sparsity > budget.reachable:
         raise UserError(

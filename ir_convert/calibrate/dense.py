@@ -8,14 +8,11 @@ from torch import Tensor
 from ..decoder import Decoder, Layer
 from ..flops import Budget
 from ..progress import Reporter
-from ..stream import chunks
+from ..stream import Result, States, Team, Work, by_layer, chunks, embed, named, require_finite, sweep
 from ..units import Forecaster, RoutedUnit, Router, Units
 from .forecaster import Moments, truncated
 from .options import Options
 from .router import fit_router
-from ..stream import by_layer, embed, named, require_finite, sweep
-from ..stream import Team
-from ..stream import Result, States, Work
 
 PROBES = 2
 # Forecasters are tried at these multiples of the mean rank.
@@ -100,9 +97,9 @@ def run_backward(
         count: blocks over all processes.
         states: what ``run_forward`` left.
     """
-    assert options.rank is not None and options.router_width is not None
-    hidden, ranks = decoder.config.hidden_size, candidate_ranks(options.rank, decoder.config.hidden_size)
-    shapes = {(0, unit): (options.rank, options.router_width) for unit in options.units}
+    (rank, width), hidden = options.shape, decoder.config.hidden_size
+    ranks = candidate_ranks(rank, hidden)
+    shapes = {(0, unit): options.shape for unit in options.units}
     budget = Budget.of_shapes(decoder.config, shapes, options.kv_cache)
     sample = team.sample(count, ids.shape[1], decoder.device)
 
@@ -133,17 +130,17 @@ def run_backward(
         result: Result = {}
         with torch.no_grad():
             for unit in options.units:
-                h, y, *g = (torch.cat(parts) for parts in zip(*seen.pop(unit), strict=True))
+                h, y, *probed = (torch.cat(parts) for parts in zip(*seen.pop(unit), strict=True))
                 moments = Moments(hidden, hidden, decoder.device)
                 for rows in chunks(len(h), 1):
                     moments.add(h[rows], y[rows])
                 forecaster, unexplained = moments.share(team).fit(max(ranks))
-                costs = torch.stack([_cost(truncated(forecaster, rank), h, y, g) for rank in ranks])
+                costs = torch.stack([_cost(truncated(forecaster, each), h, y, probed) for each in ranks])
                 # The router is fitted to what the mean rank costs.
                 place = min(len(ranks) - 1, CANDIDATES.index(1.0))
                 with torch.enable_grad():
                     seed = options.seed + 1000 * index + len(unit)
-                    router = fit_router(h, costs[place], options.router_width, budget.share(unit), seed, sample)
+                    router = fit_router(h, costs[place], width, budget.share(unit), seed, sample)
                 learnt = Learnt(forecaster, router, unexplained, costs, router(h))
                 result |= named(unit, learnt.tensors())
         return result

@@ -45,7 +45,7 @@ def estimate(
     checkpoint: Checkpoint, blocks: Blocks, options: Options, device: torch.device, processes: int
 ) -> Estimate:
     """Estimates from the model's sizes and this device's measured speed at a product of that size."""
-    assert options.rank is not None and options.router_width is not None
+    rank, width = options.shape
     config, sizes = checkpoint.config, projection_sizes(checkpoint.config)
     d, layers, units = config.hidden_size, config.num_hidden_layers, len(options.units)
     fit, threshold, test = (getattr(blocks, part).numel() // processes for part in ("fit", "threshold", "test"))
@@ -54,8 +54,8 @@ def estimate(
 
     tokens = FIT_PASSES * fit + THRESHOLD_PASSES * threshold + TEST_PASSES * test
     statistics = 2 * 2 * units * fit * 2 * d * d
-    routers = units * ROUTER_STEPS * ROUTER_BATCH * 6 * d * options.router_width
-    forecasters = units * ACTIVATION_STEPS * FORECASTER_BATCH * 12 * d * options.rank
+    routers = units * ROUTER_STEPS * ROUTER_BATCH * 6 * d * width
+    forecasters = units * ACTIVATION_STEPS * FORECASTER_BATCH * 12 * d * rank
     flops = layers * (tokens * 2 * layer + statistics + (routers + forecasters) // processes)
     flops += 2 * head * (fit * (1 + 2 * PROBES) + 2 * test)
 

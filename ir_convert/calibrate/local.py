@@ -31,24 +31,24 @@ def fit_local(
     decoder: Decoder, blocks: Blocks, options: Options, meter: Meter, work: Work, team: Team, report: Reporter
 ) -> Local:
     """Fits forecasters and routers for ``options.sparsity``; each process of the team works on its share of the blocks."""
-    assert options.rank is not None
+    mean, _ = options.shape
     ids, count = team.mine(blocks.fit), len(blocks.fit)
     block = ids.shape[1]
-    ranks = candidate_ranks(options.rank, decoder.config.hidden_size)
+    ranks = candidate_ranks(mean, decoder.config.hidden_size)
     states = run_forward(decoder, ids, work, report)
     learnt = run_backward(decoder, ids, count, states, options, work, team, report)
     scores = {key: team.gather(unit.scores.view(-1, block), count).flatten() for key, unit in learnt.items()}
 
-    even = units_at(learnt, dict.fromkeys(learnt, options.rank))
+    even = units_at(learnt, dict.fromkeys(learnt, mean))
     threshold = meter.near(even, scores, options.sparsity)
-    chosen = allocate_ranks(learnt, ranks, options.rank, threshold, team)
+    chosen = allocate_ranks(learnt, ranks, mean, threshold, team)
     units = refit(decoder, even, chosen, ids, count, threshold, options, work, team, report)
-    mean_rank = ranks.index(options.rank) if options.rank in ranks else -1
+    place = ranks.index(mean) if mean in ranks else -1
     notes = {
         key: {
             "rank": chosen[key],
             "unexplained_variance": float(unit.unexplained[chosen[key]]),
-            "cost_nats": float(team.gather(unit.costs[mean_rank].view(-1, block), count).mean()),
+            "cost_nats": float(team.gather(unit.costs[place].view(-1, block), count).mean()),
         }
         for key, unit in learnt.items()
     }

@@ -66,6 +66,13 @@ class Options:
         values = asdict(self) | {"rank": 0 if self.recipe == "greedy" else rank, "router_width": width}
         return Options(**values | {"units": tuple(unit for unit in UNITS if unit in self.units)})
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Mean rank of the forecasters and width of the routers, of settled options."""
+        if self.rank is None or self.router_width is None:
+            raise ValueError("these options are not settled for a model yet")
+        return self.rank, self.router_width
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"units": list(self.units)}
 

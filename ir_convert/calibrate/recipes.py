@@ -13,8 +13,8 @@ from ..progress import Reporter
 from ..stream import Result, Team, Work, chunks
 from ..units import RoutedUnit, Units
 from .local import fit_local
-from .threshold import Meter
 from .options import Options
+from .threshold import Meter
 
 Lora = dict[str, tuple[Tensor, Tensor]]
 # The published rates are for 2000 steps of whole batches; shorter runs take larger steps, up to a point.
@@ -73,10 +73,9 @@ def _end_to_end(
 ) -> Fitted:
     from .endtoend import Descent, train_lora, train_paper, uniform_shapes
 
-    assert options.rank is not None and options.router_width is not None
     decoder, steps = meter.decoder, options.steps
     rate = min(MOST_RATE, PUBLISHED_STEPS / steps)
-    shapes = uniform_shapes(checkpoint.config, options.rank, options.router_width, options.units)
+    shapes = uniform_shapes(checkpoint.config, *options.shape, options.units)
     ids = _cut(blocks.fit)
 
     def train() -> Result:
@@ -139,6 +138,7 @@ def _polish(
             descent=Descent(options.polish, BATCH, POLISH_LR, average=True),
             forecaster_lr=POLISH_FORECASTER_LR,
             temperature=POLISH_TEMPERATURE,
+            distil=True,
             seed=options.seed,
             device=fitted.decoder.device,
             report=report,

@@ -6,13 +6,10 @@ from torch import Tensor
 from ..decoder import Decoder, Layer
 from ..flops import Key
 from ..progress import Reporter
-from ..stream import chunks
+from ..stream import Result, States, Team, Work, by_layer, chunks, embed, named, require_finite, sweep
 from ..units import RoutedUnit, Units, merge
 from .forecaster import Moments, train_activation
 from .options import Options
-from ..stream import by_layer, embed, named, require_finite, sweep
-from ..stream import Team
-from ..stream import Result, States, Work
 
 EXECUTED_WEIGHT = 0.3
 ACTIVATION_STEPS = 300
@@ -29,7 +26,7 @@ def refit(
     work: Work,
     team: Team,
     report: Reporter,
-    activation_steps: int = ACTIVATION_STEPS,
+    activation_steps: int | None = None,
 ) -> Units:
     """Returns the units with new forecasters.
 
@@ -41,6 +38,8 @@ def refit(
     """
     shape = (*ids.shape, decoder.config.hidden_size)
     sample = team.sample(count, ids.shape[1], decoder.device)
+    steps = ACTIVATION_STEPS if activation_steps is None else activation_steps
+    units = {key: unit.to(decoder.device) for key, unit in units.items()}
 
     @torch.no_grad()
     def step(index: int, layer: Layer, source: States, target: States) -> Result:
@@ -54,7 +53,11 @@ def refit(
             for rows in chunks(*ids.shape):
                 x = target[rows].to(decoder.device)
                 h = layer.norm(unit, x)
-                execute = routed.execute(h, threshold) if routed else torch.ones(h.shape[:2], dtype=torch.bool)
+                execute = (
+                    routed.execute(h, threshold)
+                    if routed
+                    else torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
+                )
                 strict = routed and unit == "attention" and options.kv_cache == "strict"
                 y = layer.run(unit, h, execute if strict else None)
                 require_finite(y, index, unit, rows)
@@ -74,8 +77,8 @@ def refit(
             with torch.enable_grad():
                 weight = torch.where(execute, EXECUTED_WEIGHT, 1.0)
                 seed = options.seed + 1000 * index + len(unit)
-                forecaster = train_activation(forecaster, h, y, weight, activation_steps, seed, sample)
-            result |= named(unit, {name: t for name, t in RoutedUnit(forecaster, routed.router).tensors().items()})
+                forecaster = train_activation(forecaster, h, y, weight, steps, seed, sample)
+            result |= named(unit, RoutedUnit(forecaster, routed.router).tensors())
             for rows in chunks(*ids.shape):
                 flat = slice(rows.start * ids.shape[1], rows.stop * ids.shape[1])
                 change = merge(execute[flat], y[flat], forecaster(h[flat])).cpu()

@@ -11,8 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..units import Router
 from ..stream import Sample
+from ..units import Router
 
 STEPS, BATCH, LR, DECAY = 400, 4096, 1e-2, 3.0
 # Costs are floored at this share of their mean, so that a token that costs nothing cannot drive its score to -inf.
@@ -41,16 +41,19 @@ def fit_router(h: Tensor, cost: Tensor, width: int, share: float, seed: int, sam
         torch.zeros(1, width, device=h.device),
         torch.zeros(1, device=h.device),
     ]
-    router = Router(*(parameter.requires_grad_() for parameter in parameters))
-    groups = [
-        {"params": [router.hidden, router.out], "weight_decay": DECAY},
-        {"params": [router.hidden_bias, router.out_bias], "weight_decay": 0.0},
-    ]
+    w1, b1, w2, b2 = (parameter.requires_grad_() for parameter in parameters)
+
+    def folded() -> Router:
+        """The router of raw hidden states whose parameters are for standardised ones."""
+        raw = w1 / spread
+        return Router(raw, b1 - raw @ mean, w2, b2)
+
+    groups = [{"params": [w1, w2], "weight_decay": DECAY}, {"params": [b1, b2], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=LR)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=STEPS)
     for _ in range(STEPS):
         rows = sample.draw(BATCH, generator)
-        z = router((h[rows] - mean) / spread)
+        z = folded()(h[rows])
         loss = (cost[rows] * torch.exp(-z) + z).sum() / BATCH
         gradients = sample.team.sum(torch.autograd.grad(loss, parameters))
         for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -58,8 +61,6 @@ def fit_router(h: Tensor, cost: Tensor, width: int, share: float, seed: int, sam
         optimizer.step()
         schedule.step()
     with torch.no_grad():
-        w1, b1, w2, b2 = (parameter.detach() for parameter in parameters)
-        # Fold the standardisation into the first layer, the scale and the FLOPs share into the last bias.
-        folded = w1 / spread
-        parts = (folded, b1 - folded @ mean, w2, b2 + torch.log(scale) - math.log(share))
-        return Router(*(part.float().contiguous() for part in parts))
+        router = folded()
+        router.out_bias = b2 + torch.log(scale) - math.log(share)
+        return Router(*(part.detach().float().contiguous() for part in vars(router).values()))

@@ -16,7 +16,7 @@ from ..units import Units
 
 QUANTILES = 513
 BEYOND = 10.0  # so far above the highest score seen that nothing executes
-SPACING = 0.06
+SPACING = 0.08
 CLOSE = (-0.02, 0.0, 0.02)
 WIDE = (-0.08, 0.0, 0.08)
 

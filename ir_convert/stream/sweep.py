@@ -38,7 +38,7 @@ def sweep(
         keep: keep the hidden states of every layer, not the last alone.
 
     Returns:
-        What each step gave, in the order of layers, and the hidden states: one more than layers with ``keep``, else the last.
+        What each step gave, on the CPU and in the order of layers, and the hidden states: one more than layers with ``keep``, else the last.
     """
     count = decoder.config.num_hidden_layers
     order = list(reversed(range(count))) if backwards else list(range(count))
@@ -58,8 +58,9 @@ def sweep(
             advance()
         for place in range(len(results), count):
             target = states(place + 1)
-            results.append(step(order[place], decoder.layer(order[place]), kept[-1], target))
+            result = step(order[place], decoder.layer(order[place]), kept[-1], target)
             target.finish()
+            results.append({key: tensor.detach().cpu() for key, tensor in result.items()})
             work.save(f"{name}.{place}", results[-1])
             if not keep:
                 kept.pop().discard()

@@ -22,6 +22,7 @@ class Team:
         together = not alone and dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if together else 0
         self.size = dist.get_world_size() if together else 1
+        self._on_gpu = together and "nccl" in dist.get_backend()
 
     @classmethod
     def assemble(cls, device: torch.device) -> "Team":
@@ -50,7 +51,11 @@ class Team:
         tensors = list(tensors)
         if self.size > 1:
             for tensor in tensors:
-                dist.all_reduce(tensor)
+                # NCCL adds up what is on GPUs alone.
+                there = tensor.cuda() if self._on_gpu else tensor
+                dist.all_reduce(there)
+                if there is not tensor:
+                    tensor.copy_(there)
         return tensors
 
     def gather(self, values: Tensor, count: int, axis: int = 0) -> Tensor:
@@ -60,14 +65,18 @@ class Team:
         values = values.movedim(axis, 0)
         whole = torch.zeros(count, *values.shape[1:], dtype=values.dtype, device=values.device)
         whole[self.rank :: self.size] = values
-        dist.all_reduce(whole)
-        return whole.movedim(0, axis).cpu()
+        return self.sum([whole])[0].movedim(0, axis).cpu()
 
     def sample(self, blocks: int, block: int, device: torch.device) -> "Sample":
         """Returns what draws tokens from ``blocks`` blocks of ``block`` tokens, counted over all processes."""
         return Sample(self, blocks, block, device)
 
+    def agree(self, yes: bool) -> bool:
+        """Returns whether all processes say yes."""
+        return not self.sum([torch.tensor(0.0 if yes else 1.0)])[0]
+
     def wait(self) -> None:
+        """Waits until all processes are here."""
         if self.size > 1:
             dist.barrier()
 

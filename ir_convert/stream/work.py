@@ -2,7 +2,8 @@
 
 Every finished step is a small safetensors file, written whole; hidden states are raw files that a step reads while the next
 one's are written. A step counts as done once its file is there, and by then its hidden states are on the disk. Without a
-folder everything stays in memory, and nothing can be resumed.
+folder everything stays in memory, and nothing can be resumed. Where processes share the work, each has a folder of its own,
+and a step counts as done once all of them have it: a run that was killed when some were a step ahead goes on together.
 """
 
 import math
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..files import sync
+from .team import Team
 
 Result = dict[str, Tensor]
 
@@ -61,11 +63,12 @@ class Work:
     """Steps done and hidden states on the way.
 
     Args:
-        folder: where to keep them; None for memory alone.
+        folder: where to keep them, this process's own; None for memory alone.
+        team: the processes that share the work.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path | None = None, team: Team | None = None) -> None:
+        self.folder, self._team = folder, team or Team()
         self.resumed = 0  # steps that an earlier run had done
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
@@ -81,13 +84,13 @@ class Work:
 
     def load(self, step: str) -> Result | None:
         """Returns what a step gave, or None if it is not done."""
-        if not self.folder or not (file := self.folder / f"{step}.safetensors").is_file():
+        if not self.folder or not self._team.agree((file := self.folder / f"{step}.safetensors").is_file()):
             return None
         self.resumed += 1
         return load_file(file)
 
     def save(self, step: str, result: Result) -> None:
-        """Records a step as done."""
+        """Records a step as done; on return all processes have, and what only that step needed may go."""
         if not self.folder:
             return
         temporary = self.folder / f"{step}.tmp"
@@ -95,6 +98,7 @@ class Work:
         sync(temporary)
         temporary.replace(self.folder / f"{step}.safetensors")
         sync(self.folder)
+        self._team.wait()
 
     def once(self, step: str, compute: Callable[[], Result]) -> Result:
         """Returns what a step gave, computing it where it is not done."""

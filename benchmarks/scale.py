@@ -1,0 +1,152 @@
+"""Converts a large random checkpoint under a memory limit, and says what a layer costs.
+
+    python benchmarks/scale.py --parameters 1.5 --tokens 4096 [--device cpu] [--out results.json]
+
+Random weights calibrate to nothing useful; time and memory do not care. The checkpoint is written a layer at a time, in shards.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from transformers import AutoTokenizer, LlamaConfig
+
+TINY = Path(__file__).parents[1] / "examples" / "tiny-llama"
+# Sizes of well-known models; layers are set by the parameters asked for.
+WIDTHS = {1.5: (2048, 5632, 32, 4), 7.0: (4096, 11008, 32, 32), 70.0: (8192, 28672, 64, 8)}
+
+
+def write_checkpoint(folder: Path, billions: float) -> LlamaConfig:
+    """Writes a random Llama in bfloat16, one shard a layer."""
+    hidden, ffn, heads, kv_heads = WIDTHS[min(WIDTHS, key=lambda size: abs(size - billions))]
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    tokenizer.save_pretrained(folder)
+    head = hidden // heads
+    layer = 2 * hidden * hidden + 2 * hidden * head * kv_heads + 3 * hidden * ffn
+    vocabulary = 32000
+    layers = max(1, round((billions * 1e9 - 2 * vocabulary * hidden) / layer))
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+    )
+    config.save_pretrained(folder)
+    generator, weight_map = torch.Generator().manual_seed(0), {}
+
+    def random(*shape: int) -> torch.Tensor:
+        return (torch.randn(*shape, generator=generator) / shape[-1] ** 0.5).bfloat16()
+
+    def save(file: str, tensors: dict[str, torch.Tensor]) -> None:
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(tensors, file))
+
+    for index in range(layers):
+        sizes = {
+            "self_attn.q_proj": (hidden, hidden),
+            "self_attn.k_proj": (head * kv_heads, hidden),
+            "self_attn.v_proj": (head * kv_heads, hidden),
+            "self_attn.o_proj": (hidden, hidden),
+            "mlp.gate_proj": (ffn, hidden),
+            "mlp.up_proj": (ffn, hidden),
+            "mlp.down_proj": (hidden, ffn),
+        }
+        prefix = f"model.layers.{index}."
+        tensors = {f"{prefix}{name}.weight": random(*size) for name, size in sizes.items()}
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{prefix}{norm}.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
+        save(f"model-layer-{index:03}.safetensors", tensors)
+    ends = {"model.embed_tokens.weight": random(vocabulary, hidden), "lm_head.weight": random(vocabulary, hidden)}
+    save("model-ends.safetensors", {**ends, "model.norm.weight": torch.ones(hidden, dtype=torch.bfloat16)})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return config
+
+
+def resident(pid: int) -> tuple[int, int]:
+    """Returns a process's anonymous resident memory and its whole resident memory, in bytes (Linux)."""
+    fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":" in line)
+    return tuple(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "VmHWM"))  # type: ignore[return-value]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parameters", type=float, default=1.5, help="in billions")
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--block-size", type=int, default=128)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--folder", type=Path, help="where the checkpoint goes; a temporary folder by default")
+    parser.add_argument("--out", type=Path, help="JSON results")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
+        model = Path(temporary) / "model"
+        model.mkdir()
+        config = write_checkpoint(model, args.parameters)
+        stages: dict[str, list[float]] = {}
+        command = [sys.executable, "-m", "ir_convert", model, "--out", Path(temporary) / "routing.safetensors"]
+        command += ["--tokens", args.tokens, "--block-size", args.block_size, "--device", args.device]
+        process = subprocess.Popen([str(part) for part in command], stderr=subprocess.PIPE, text=True)
+        peaks = [0, 0]
+
+        def watch() -> None:
+            work = Path(temporary) / ".routing.safetensors.work"
+            seen: set[str] = set()
+            while process.poll() is None:
+                try:
+                    anonymous, whole = resident(process.pid)
+                    peaks[0], peaks[1] = max(peaks[0], anonymous), max(peaks[1], whole)
+                    for file in set(os.listdir(work)) - seen:
+                        seen.add(file)
+                        if file.endswith(".safetensors") and "." in file.removesuffix(".safetensors"):
+                            stages.setdefault(file.rsplit(".", 2)[0], []).append(time.monotonic())
+                except OSError:
+                    pass
+                time.sleep(0.05)
+
+        watcher = threading.Thread(target=watch)
+        start = time.monotonic()
+        watcher.start()
+        _, messages = process.communicate()
+        watcher.join()
+        seconds = time.monotonic() - start
+    if process.returncode:
+        raise SystemExit(messages)
+    per_layer = {stage: (times[-1] - times[0]) / (len(times) - 1) for stage, times in stages.items() if len(times) > 1}
+    result = {
+        "parameters": args.parameters,
+        "layers": config.num_hidden_layers,
+        "hidden": config.hidden_size,
+        "tokens": args.tokens,
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "seconds": seconds,
+        "seconds_per_layer": per_layer,
+        "peak_resident_bytes": peaks[1],
+        "peak_anonymous_bytes": peaks[0],
+        "said_before": next((line for line in messages.splitlines() if "will take about" in line), ""),
+    }
+    print(json.dumps(result, indent=2))
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

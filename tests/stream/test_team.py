@@ -1,0 +1,100 @@
+"""Processes' shares part the whole: checked without processes, by giving out ranks."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ir_convert.stream import Team
+
+SIZES = st.integers(1, 5)
+
+
+def members(size: int) -> list[Team]:
+    teams = [Team() for _ in range(size)]
+    for rank, team in enumerate(teams):
+        team.rank, team.size = rank, size
+    return teams
+
+
+@given(size=SIZES, count=st.integers(1, 13), block=st.integers(1, 6))
+def test_shares_part_the_blocks(size, count, block):
+    tokens = torch.arange(count * block)
+    shares = [team.mine(tokens.view(count, block)) for team in members(size)]
+    assert torch.cat(shares).flatten().sort().values.equal(tokens)
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@given(size=SIZES, count=st.integers(1, 13), block=st.integers(1, 6), seed=st.integers(0, 99), draws=st.integers(1, 60))
+def test_draws_are_the_same_however_many_share_them(size, count, block, seed, draws):
+    """Every process finds in its share its part of the tokens that one process alone would draw."""
+    values = torch.randn(count, block)
+
+    def drawn(teams):
+        parts = []
+        for team in teams:
+            sample = team.sample(count, block, torch.device("cpu"))
+            assert sample.tokens == count * block
+            rows = sample.draw(draws, torch.Generator().manual_seed(seed))
+            parts.append(team.mine(values).flatten()[rows])
+        return torch.cat(parts)
+
+    alone, shared = drawn(members(1)), drawn(members(size))
+    assert alone.sort().values.equal(shared.sort().values)
+
+
+@given(size=SIZES, count=st.integers(1, 9), axis=st.integers(0, 2), data=st.data())
+def test_gathering_puts_shares_back(size, count, axis, data):
+    shape = [2, 3, 2]
+    shape[axis] = count
+    whole = torch.randn(shape, dtype=data.draw(st.sampled_from([torch.float32, torch.float64])))
+    teams, parts = members(size), []
+    for team in teams:  # what each process adds to the sum
+        team.sum = lambda tensors: parts.append(tensors[0].clone()) or list(tensors)
+        mine = team.mine(whole.movedim(axis, 0)).movedim(0, axis)
+        gathered = team.gather(mine, count, axis)
+        assert gathered.shape == whole.shape
+    if size > 1:
+        gathered = sum(parts).movedim(0, axis)
+    assert torch.equal(gathered, whole)
+
+
+def test_mean_is_over_all_processes_tokens():
+    values = torch.randn(6 * 4, 5)
+    sums = []
+    for team in members(3):
+        team.sum = lambda tensors: sums.append(tensors[0].clone()) or list(tensors)
+        mine = team.mine(values.view(6, 4, 5)).flatten(0, 1)
+        team.sample(6, 4, torch.device("cpu")).mean(mine)
+    torch.testing.assert_close((sum(sums) / 24).float(), values.mean(0))
+    alone = Team().sample(6, 4, torch.device("cpu")).mean(values)
+    torch.testing.assert_close(alone, values.mean(0))
+    assert alone.dtype == torch.float32
+
+
+def test_one_process_is_a_team():
+    team = Team()
+    assert (team.rank, team.size) == (0, 1)
+    x = torch.randn(3)
+    assert team.sum([x])[0] is x
+    assert team.agree(True)
+    assert not team.agree(False)
+    team.wait()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_nccl_adds_up_what_lies_on_the_cpu(tmp_path):
+    torch.distributed.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        team = Team()
+        team.size = 2  # so that it asks the other one, who is not there: sums stay what they are
+        x, y = torch.randn(4), torch.randn(4, device="cuda")
+        before = x.clone(), y.clone()
+        for tensor, was, given_ in zip(team.sum([x, y]), before, (x, y), strict=True):
+            assert tensor is given_
+            assert torch.equal(tensor, was)
+        assert team.agree(True)
+        assert not team.agree(False)
+    finally:
+        torch.distributed.destroy_process_group()
