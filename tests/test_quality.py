@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from calibrations import shorten
 from trained import Converted
 
 from ir_convert.calibrate import Options, calibrate
@@ -49,8 +50,9 @@ def test_forecasting_beats_skipping(converted, figures):
     assert excess < 0.7 * greedy_excess
 
 
-def test_same_seed_same_routing(converted):
+def test_same_seed_same_routing(converted, monkeypatch):
     """Two calibrations with the same options are equal bit for bit."""
+    shorten(monkeypatch)
     blocks, options = calibration(converted, 12_000), Options(sparsity=0.3, rank=4, seed=7)
     one, other = (calibrate(converted.checkpoint, blocks, options) for _ in range(2))
     assert one.curve == other.curve

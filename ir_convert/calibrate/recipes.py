@@ -127,12 +127,16 @@ def _polish(
 ) -> Fitted:
     from .endtoend import Descent, polish
 
+    meter = replace(meter, decoder=fitted.decoder)
+    # The recipe's threshold was measured before its last step; training holds the one it starts at.
+    threshold = meter.near(fitted.units, fitted.scores, aim, "refitted")
+
     def train() -> Result:
         units, _ = polish(
             fitted.decoder.checkpoint,
             fitted.units,
             _cut(blocks.fit),
-            threshold=fitted.near[1],
+            threshold=threshold,
             sparsity=aim,
             kv_cache=options.kv_cache,
             descent=Descent(options.polish, BATCH, POLISH_LR, average=True),
@@ -147,7 +151,7 @@ def _polish(
 
     units = _units(work.once("polish", train))
     scores = _dense_scores(fitted.decoder, units, blocks.threshold)
-    near = replace(meter, decoder=fitted.decoder).near(units, scores, aim, "polished")
+    near = meter.near(units, scores, aim, "polished")
     return replace(fitted, units=units, scores=scores, near=(aim, near))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..stream import Sample
 from ..units import Router
 
-STEPS, BATCH, LR, DECAY = 400, 4096, 1e-2, 3.0
+STEPS, BATCH, LR, DECAY = 400, 2048, 1e-2, 3.0
 # Costs are floored at this share of their mean, so that a token that costs nothing cannot drive its score to -inf.
 FLOOR = 1e-4
 

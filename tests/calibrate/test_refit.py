@@ -1,0 +1,68 @@
+"""Forecasters are fitted again to what they meet under routing, the tokens they serve first."""
+
+import pytest
+import torch
+from calibrations import random_blocks, shorten
+from models import random_routing, save_random
+
+from ir_convert.calibrate import Options, refit
+from ir_convert.calibrate.forecaster import Moments
+from ir_convert.checkpoint import Checkpoint
+from ir_convert.decoder import Decoder
+from ir_convert.families import UNITS
+from ir_convert.progress import Silent
+from ir_convert.stream import Team, Work
+
+THRESHOLD = 0.3
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    save_random("qwen2", path)
+    return Checkpoint.open(str(path))
+
+
+@torch.no_grad()
+def met(decoder, units, ids, kv_cache):
+    """Yields (key, h, y, execute) as the routed model with these units meets them, one layer after the other."""
+    x = decoder.embed(ids)
+    for index, layer in decoder.layers():
+        for unit in UNITS:
+            h, routed = layer.norm(unit, x), units.get((index, unit))
+            if routed is None:
+                x = x + layer.run(unit, h)
+                continue
+            execute = routed.router(h) > THRESHOLD
+            y = layer.run(unit, h, execute if unit == "attention" and kv_cache == "strict" else None)
+            yield (index, unit), h, y, execute
+            x = x + torch.where(execute[..., None], y, routed.forecaster(h))
+
+
+@pytest.mark.parametrize(("kv_cache", "kinds"), [("full", UNITS), ("strict", UNITS), ("full", ("mlp",))])
+def test_forecasters_fit_the_routed_stream(kv_cache, kinds, checkpoint, monkeypatch):
+    shorten(monkeypatch)
+    decoder, ids = Decoder(checkpoint, torch.device("cpu")), random_blocks().fit
+    before = random_routing(checkpoint, units=kinds, kv_cache=kv_cache).units
+    ranks = {key: 2 + key[0] for key in before}
+    options = Options(units=kinds, kv_cache=kv_cache)
+
+    def run(steps):
+        rest = (ranks, ids, len(ids), THRESHOLD, options, Work(), Team(), Silent())
+        return refit.refit(decoder, before, *rest, activation_steps=steps)
+
+    after, shares = run(0), []
+    assert list(after) == list(before)
+    for key, h, y, execute in met(decoder, after, ids, kv_cache):
+        assert after[key].forecaster.rank == ranks[key]
+        for name, tensor in vars(before[key].router).items():
+            assert torch.equal(tensor, getattr(after[key].router, name))
+        moments = Moments(h.shape[-1], h.shape[-1], h.device)
+        moments.add(h, y, torch.where(execute, refit.EXECUTED_WEIGHT, 1.0))
+        expected, _ = moments.fit(ranks[key])
+        assert (after[key].forecaster(h) - expected(h)).abs().max() < 1e-3 * y.std(), key
+        shares.append(execute.float().mean())
+    assert 0.1 < torch.stack(shares).mean() < 0.9  # routing does decide
+
+    trained = run(20)
+    assert any(not torch.equal(trained[key].forecaster.down, after[key].forecaster.down) for key in after)
