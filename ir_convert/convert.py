@@ -151,7 +151,7 @@ def _calibrate(
 ) -> Routing:
     """Calibrates, or takes what an earlier run of this job had calibrated before it was interrupted."""
     kept = work.folder / "calibrated.safetensors" if work.folder else None
-    if kept and kept.is_file():
+    if kept and team.agree(kept.is_file()):
         report.note("The calibration was finished before; only the outputs were not.")
         return Routing.load(kept)
     if work.begun:

@@ -52,7 +52,7 @@ def base(tmp_path_factory):
         (["{base}", "--out", "{base}"], "lie in each other"),
         (["{base}", "--out", "{out}", "--calibration", "absent.txt"], "no tokenizer that loads"),
         (["{base}", "--out", "{out}", "--routing", "absent.safetensors"], "cannot read the routing file"),
-        (["{trained}", "--out", "{out}", "--calibration", "absent.txt"], "absent.txt: No such file"),
+        (["{trained}", "--out", "{out}", "--calibration", "absent.txt"], "calibration text absent.txt does not exist"),
         (["{trained}", "--out", "{out}", "--calibration", "{empty}"], "is empty"),
         (["{trained}", "--out", "{out}", "--sparsity", "0.95"], "sparsity 0.95 is out of reach for this model"),
         (["{trained}", "--out", "{out}", "--rank", "500"], "rank 500 is more than"),
@@ -123,7 +123,7 @@ def test_routing_file_tells_where_it_comes_from(converted):
     assert len(metadata["calibration_sha256"]) == 64
     assert metadata["sparsity"] == 0.25
     assert abs(metadata["test"]["sparsity"] - 0.25) < 0.02
-    assert len(metadata["units"]) == 16
+    assert len(metadata["per_unit"]) == 16
     small = (converted.folder / "ir-tiny.safetensors").stat().st_size
     assert small < 0.12 * checkpoint.weight_bytes * 2  # fp32 routing of a model of this width
 

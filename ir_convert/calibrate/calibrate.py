@@ -50,6 +50,7 @@ def calibrate(
     start = time.monotonic()
     options = (options or Options()).settled(checkpoint.config)
     check_reachable(checkpoint, options)
+    _check_shared(blocks, team or Team())
     report, work, team = report or Silent(), work or Work(), team or Team()
     fitted = fit(checkpoint, blocks, options, torch.device(device), work, team, report)
     fit_seconds = time.monotonic() - start
@@ -89,28 +90,42 @@ def check_reachable(checkpoint: Checkpoint, options: Options) -> None:
         )
 
 
+def _check_shared(blocks: Blocks, team: Team) -> None:
+    for part in ("fit", "threshold", "test"):
+        if (count := len(getattr(blocks, part))) < team.size:
+            raise UserError(
+                f"{team.size} processes cannot share {count} blocks ({part}): give more --tokens, a smaller --block-size, "
+                "or fewer processes"
+            )
+
+
 def peak_memory() -> int:
     """Returns the most resident memory that this process has had, in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _errors(curve: Curve, meter: Meter) -> list[float]:
-    return [meter.errors.get(threshold, math.nan) for threshold in curve.threshold]
+def _errors(curve: Curve, meter: Meter) -> list[float | None]:
+    return [_or_none(meter.errors[threshold]) for threshold in curve.threshold]
+
+
+def _or_none(value: float) -> float | None:
+    """JSON has no infinity: the error of a single block's mean is none."""
+    return value if math.isfinite(value) else None
 
 
 def _figures(measured: Measured, blocks: Blocks, options: Options, fitted: Fitted) -> dict[str, Any]:
     dense, routed = measured.quality(0), measured.quality(1)
     budget = measured.budget
 
-    def row(dense: Quality, routed: Quality) -> dict[str, float]:
+    def row(dense: Quality, routed: Quality) -> dict[str, float | None]:
         return {
             "perplexity_dense": dense.perplexity,
             "perplexity": routed.perplexity,
             "kl": routed.kl,
             "agreement": routed.agreement,
             "sparsity": routed.sparsity,
-            "sparsity_standard_error": routed.sparsity_error,
+            "sparsity_standard_error": _or_none(routed.sparsity_error),
             "decisions": routed.decisions,
         }
 

@@ -9,6 +9,7 @@ def summary(conversion: Conversion) -> Table:
     """Returns the table: quality, sparsity, sizes, time."""
     metadata = conversion.routing.metadata
     test = metadata["test"]
+    error = "" if test["sparsity_standard_error"] is None else f" ± {test['sparsity_standard_error']:.1%}"
     table = Table(title=f"{metadata['base_model']} routed", show_header=True, title_justify="left")
     table.add_column("on held-out text")
     for name in ("dense", "routed"):
@@ -17,7 +18,7 @@ def summary(conversion: Conversion) -> Table:
     table.add_row("same most likely token", "", f"{test['agreement']:.1%}")
     table.add_row("KL from dense (nats)", "", f"{test['kl']:.3f}")
     table.add_row("FLOPs saved, asked", "", f"{test['asked']:.1%}")
-    table.add_row("FLOPs saved, achieved", "", f"{test['sparsity']:.1%} ± {test['sparsity_standard_error']:.1%}")
+    table.add_row("FLOPs saved, achieved", "", f"{test['sparsity']:.1%}{error}")
     if len(test["sources"]) > 1:
         for name, row in test["sources"].items():
             table.add_row(f"- on {name}", "", f"{row['sparsity']:.1%}")

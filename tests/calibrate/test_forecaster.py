@@ -173,9 +173,9 @@ def train(h, y, rank: int, steps: int, weight: torch.Tensor | None = None) -> tu
 
 @pytest.fixture
 def short(monkeypatch):
-    """Few tokens a step, and strides that leave the straight start within a few hundred steps."""
-    monkeypatch.setattr(module, "BATCH", 512)
-    monkeypatch.setattr(module, "LR", 5e-2)
+    """Steps and strides that these small problems converge in, whatever large ones are given."""
+    monkeypatch.setattr(module, "BATCH", 1024)
+    monkeypatch.setattr(module, "LR", 3e-2)
 
 
 def test_training_beats_the_start_on_nonlinear_outputs(short):
@@ -192,8 +192,8 @@ def test_training_does_no_harm_where_there_is_nothing_to_gain(short, seed, rank)
     generator = torch.Generator().manual_seed(seed)
     h = torch.randn(4000, 8, generator=generator) @ torch.randn(8, 8, generator=generator)
     y = h @ torch.randn(8, 8, generator=generator) + 2 * torch.randn(4000, 8, generator=generator)
-    start, trained = train(h[:3000], y[:3000], rank, 100)
-    assert error(trained, h[3000:], y[3000:]) < 1.03 * error(start, h[3000:], y[3000:])
+    start, trained = train(h[:3000], y[:3000], rank, 300)
+    assert error(trained, h[3000:], y[3000:]) < 1.04 * error(start, h[3000:], y[3000:])
 
 
 def test_training_serves_the_tokens_that_weigh(short):

@@ -1,0 +1,154 @@
+"""An interrupted command goes on, a changed one is refused, a finished one is not repeated; several processes do as one."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_cli import run  # noqa: F401
+from trained import TINY
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from ir_convert.checkpoint import TOKENIZER_FILES
+from ir_convert.routing import Routing
+
+OPTIONS = ["--tokens", "3072", "--block-size", "64", "--rank", "4", "--router-width", "4", "--sparsity", "0.3"]
+TIMES = ("fit_seconds", "calibration_seconds", "peak_memory_bytes")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A random model with a real tokenizer."""
+    path = tmp_path_factory.mktemp("job") / "model"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=2048,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    for name in TOKENIZER_FILES:
+        if (TINY / name).is_file():
+            shutil.copy(TINY / name, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def unbroken(model, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("unbroken") / "r.safetensors"
+    done = subprocess.run(command(model, out), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def command(model: Path, *outs: Path, launcher: tuple[str, ...] = (sys.executable,)) -> list[str]:
+    words = [*launcher, "-m", "ir_convert", str(model), *OPTIONS]
+    return words + [word for out in outs for word in ("--out", str(out))]
+
+
+def same(one: Path, other: Path) -> None:
+    first, second = Routing.load(one), Routing.load(other)
+    assert first.curve == second.curve
+    for key, unit in first.units.items():
+        for name, tensor in unit.tensors().items():
+            assert torch.equal(tensor, second.units[key].tensors()[name]), (key, name)
+    for routing in (first, second):
+        for name in TIMES:
+            assert routing.metadata.pop(name) >= 0
+    assert first.metadata == second.metadata
+
+
+def test_killed_and_resumed(model, unbroken, tmp_path):
+    out = tmp_path / "r.safetensors"
+    work = tmp_path / ".r.safetensors.work"
+    process = subprocess.Popen(command(model, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (work / "backward.1.safetensors").exists():
+        assert process.poll() is None, "it finished before it could be killed"
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not out.exists()
+    again = subprocess.Popen(command(model, out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert again.stderr is not None
+    said = again.stderr.read()
+    assert again.wait() == 0, said
+    assert "Going on with the interrupted run" in said
+    assert not work.exists()
+    same(unbroken, out)
+
+
+def test_changed_option_is_refused_by_name(model, tmp_path, run):  # noqa: F811
+    out, work = tmp_path / "r.safetensors", tmp_path / ".r.safetensors.work"
+    process = subprocess.Popen(command(model, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (work / "forward.1.safetensors").exists():
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    before = sorted(file.name for file in work.iterdir())
+    code, _, err = run(model, *OPTIONS, "--rank", 5, "--out", out)
+    assert code == 2
+    assert "--rank was 4, is now 5" in err
+    assert "--restart" in err
+    assert err.count("\n") == 1
+    assert sorted(file.name for file in work.iterdir()) == before
+    code, _, err = run(model, *OPTIONS, "--rank", 5, "--out", out, "--restart")
+    assert code == 0, err
+    assert Routing.load(out).metadata["rank"] == 5
+
+
+def test_finished_is_not_repeated(model, unbroken, run):  # noqa: F811
+    before = unbroken.stat().st_mtime_ns
+    code, out, err = run(model, *OPTIONS, "--out", unbroken)
+    assert (code, out) == (0, "")
+    assert "Already done" in err
+    assert unbroken.stat().st_mtime_ns == before
+    code, _, err = run(model, *OPTIONS, "--rank", 3, "--out", unbroken)
+    assert code == 2
+    assert "exists" in err
+
+
+def test_estimate_is_printed_first(model, tmp_path, run):  # noqa: F811
+    code, _, err = run(model, *OPTIONS, "--out", tmp_path / "r.safetensors", "--units", "mlp")
+    assert code == 0, err
+    assert err.index("Calibration will take about") < err.index("forward")
+    assert {unit for _, unit in Routing.load(tmp_path / "r.safetensors").units} == {"mlp"}
+
+
+def test_sources_with_weights(model, tmp_path, run):  # noqa: F811
+    words = "the quick brown fox jumps over the lazy dog and runs away from here to there again "
+    (tmp_path / "a.txt").write_text("\n".join(f"{index} {words}" for index in range(400)))
+    records = [json.dumps({"body": f"{index}: {words[::-1]}"}) for index in range(400)]
+    (tmp_path / "b.jsonl").write_text("\n".join(records))
+    sources = ["--calibration", f"{tmp_path}/a.txt=3", "--calibration", tmp_path / "b.jsonl"]
+    code, _, err = run(model, *OPTIONS, *sources, "--out", tmp_path / "r.safetensors")
+    assert code == 2
+    assert "body" in err
+    code, _, err = run(model, *OPTIONS, *sources, "--text-field", "body", "--out", tmp_path / "r.safetensors")
+    assert code == 0, err
+    metadata = Routing.load(tmp_path / "r.safetensors").metadata
+    assert [source["tokens"] for source in metadata["calibration_mixture"]] == [2304, 768]
+    assert len(metadata["test"]["sources"]) == 2
+
+
+def test_two_processes_give_the_same_routing(model, unbroken, tmp_path):
+    out = tmp_path / "r.safetensors"
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
+    done = subprocess.run(command(model, out, launcher=torchrun), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    one, two = Routing.load(unbroken), Routing.load(out)
+    h = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    assert one.units.keys() == two.units.keys()
+    for key in one.units:
+        assert one.units[key].forecaster.rank == two.units[key].forecaster.rank
+        torch.testing.assert_close(one.units[key].forecaster(h), two.units[key].forecaster(h), rtol=1e-2, atol=1e-4)
+        torch.testing.assert_close(one.units[key].router(h), two.units[key].router(h), rtol=1e-2, atol=1e-2)
+    assert two.metadata["test"]["perplexity"] == pytest.approx(one.metadata["test"]["perplexity"], rel=1e-3)
+    assert [path.name for path in tmp_path.iterdir()] == ["r.safetensors"]
