@@ -1,12 +1,13 @@
 """Converts a large random checkpoint under a memory limit, and says what a layer costs.
 
-    python benchmarks/scale.py --parameters 1.5 --tokens 4096 [--device cpu] [--out results.json]
+    python benchmarks/scale.py --parameters 1.5 --shape 7B --tokens 1536 [--device cpu] [--out results.json]
 
 Random weights calibrate to nothing useful; time and memory do not care. The checkpoint is written a layer at a time, in shards.
 """
 
 import argparse
 import json
+import math
 import os
 import platform
 import subprocess
@@ -22,19 +23,19 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, LlamaConfig
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny-llama"
-# Sizes of well-known models; layers are set by the parameters asked for.
-WIDTHS = {1.5: (2048, 5632, 32, 4), 7.0: (4096, 11008, 32, 32), 70.0: (8192, 28672, 64, 8)}
+# Hidden and MLP width, heads, key/value heads of well-known models; how many layers, the parameters asked for say.
+SHAPES = {"1B": (2048, 5632, 32, 4), "7B": (4096, 11008, 32, 32), "70B": (8192, 28672, 64, 8)}
 
 
-def write_checkpoint(folder: Path, billions: float) -> LlamaConfig:
+def write_checkpoint(folder: Path, billions: float, shape: str) -> LlamaConfig:
     """Writes a random Llama in bfloat16, one shard a layer."""
-    hidden, ffn, heads, kv_heads = WIDTHS[min(WIDTHS, key=lambda size: abs(size - billions))]
+    hidden, ffn, heads, kv_heads = SHAPES[shape]
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     tokenizer.save_pretrained(folder)
     head = hidden // heads
     layer = 2 * hidden * hidden + 2 * hidden * head * kv_heads + 3 * hidden * ffn
     vocabulary = 32000
-    layers = max(1, round((billions * 1e9 - 2 * vocabulary * hidden) / layer))
+    layers = max(1, math.ceil((billions * 1e9 - 2 * vocabulary * hidden) / layer))
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,
@@ -87,7 +88,8 @@ def resident(pid: int) -> tuple[int, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parameters", type=float, default=1.5, help="in billions")
-    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--shape", choices=SHAPES, default="7B", help="of a layer")
+    parser.add_argument("--tokens", type=int, default=1536)
     parser.add_argument("--block-size", type=int, default=128)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--folder", type=Path, help="where the checkpoint goes; a temporary folder by default")
@@ -96,7 +98,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
         model = Path(temporary) / "model"
         model.mkdir()
-        config = write_checkpoint(model, args.parameters)
+        config = write_checkpoint(model, args.parameters, args.shape)
         stages: dict[str, list[float]] = {}
         command = [sys.executable, "-m", "ir_convert", model, "--out", Path(temporary) / "routing.safetensors"]
         command += ["--tokens", args.tokens, "--block-size", args.block_size, "--device", args.device]
@@ -128,7 +130,8 @@ def main() -> None:
         raise SystemExit(messages)
     per_layer = {stage: (times[-1] - times[0]) / (len(times) - 1) for stage, times in stages.items() if len(times) > 1}
     result = {
-        "parameters": args.parameters,
+        "billions_of_parameters": args.parameters,
+        "shape": args.shape,
         "layers": config.num_hidden_layers,
         "hidden": config.hidden_size,
         "tokens": args.tokens,
