@@ -1,0 +1,99 @@
+"""Every recipe gives a routing that is written, read, and exported like any other."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from calibrations import random_blocks, shorten
+from models import save_random
+
+from ir_convert.calibrate import Options, calibrate
+from ir_convert.checkpoint import Checkpoint
+from ir_convert.decoder import Decoder
+from ir_convert.errors import UserError
+from ir_convert.evaluate import logits, measure
+from ir_convert.export import hf
+from ir_convert.flops import Budget
+from ir_convert.routing import Routing
+from ir_convert.stream import Work
+
+RECIPES = {
+    "local": Options(),
+    "polish": Options(polish=2),
+    "paper": Options(recipe="paper", steps=3),
+    "lora": Options(recipe="paper", steps=3, lora=True),
+    "greedy": Options(recipe="greedy", steps=3),
+    "polish-strict": Options(polish=2, kv_cache="strict"),
+    "paper-mlp": Options(recipe="paper", steps=3, units=("mlp",)),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Checkpoint:
+    path = tmp_path_factory.mktemp("recipes") / "model"
+    save_random("llama", path)
+    return Checkpoint.open(str(path))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe(name, checkpoint, tmp_path, monkeypatch):
+    shorten(monkeypatch)
+    options = replace(RECIPES[name], sparsity=0.2, rank=3, router_width=4)
+    made = calibrate(checkpoint, random_blocks(), options, work=Work(tmp_path / "work"))
+    made.save(tmp_path / "r.safetensors")
+    routing = Routing.load(tmp_path / "r.safetensors")
+    layers = range(checkpoint.config.num_hidden_layers)
+    assert list(routing.units) == [(layer, unit) for layer in layers for unit in options.units]
+    assert routing.metadata["recipe"] == options.recipe
+    assert routing.kv_cache == options.kv_cache
+    ranks = {unit.forecaster.rank for unit in routing.units.values()}
+    assert ranks == {0} if name == "greedy" else 0 not in ranks
+    if name == "greedy":
+        assert not any(unit.forecaster.bias.any() for unit in routing.units.values())
+    assert bool(routing.lora) == (name == "lora")
+
+    # The test figures are those of the model as it will be read.
+    decoder = Decoder(checkpoint.with_lora(routing.lora), torch.device("cpu"))
+    again = measure(decoder, routing.units, random_blocks().test, [routing.threshold], routing.kv_cache).quality(1)
+    assert again.perplexity == pytest.approx(routing.metadata["test"]["perplexity"], rel=1e-5)
+    assert again.sparsity == pytest.approx(routing.metadata["test"]["sparsity"], abs=1e-6)
+    budget = Budget.of(checkpoint.config, routing.units, routing.kv_cache)
+    assert routing.metadata["flops"]["overhead_share"] == pytest.approx(budget.overhead_share)
+
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    hf.write(checkpoint, routing, folder, torch.float32)
+    ids = random_blocks(seed=5).test
+    with torch.no_grad():
+        exported = hf.load(folder, dtype=torch.float32).eval()(input_ids=ids).logits
+    expected = logits(decoder, routing.units, ids, routing.threshold, routing.kv_cache)
+    torch.testing.assert_close(exported, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_lora_changes_the_dense_model(checkpoint, monkeypatch):
+    shorten(monkeypatch)
+    options = Options(recipe="paper", steps=3, lora=True, sparsity=0.2, rank=3, router_width=4)
+    routing = calibrate(checkpoint, random_blocks(), options)
+    name = next(iter(routing.lora))
+    assert not torch.equal(checkpoint.read(name), checkpoint.with_lora(routing.lora).read(name))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (Options(recipe="magic"), "--recipe 'magic' is not known"),
+        (Options(units=("mlp", "mlp")), "--units names no unit, or one twice"),
+        (Options(units=()), "--units names no unit"),
+        (Options(units=("norm",)), "--units 'norm' is not known"),
+        (Options(lora=True), "--lora is the paper recipe's last stage"),
+        (Options(kv_cache="half"), "--kv-cache 'half' is not known"),
+        (Options(sparsity=1.0), "sparsity 1 is not in"),
+        (Options(sparsity=0.75, units=("mlp",), rank=40), "out of reach"),
+        (Options(rank=49), "rank 49 is more than the model's width"),
+    ],
+)
+def test_options_that_cannot_be(options, message, checkpoint):
+    with pytest.raises(UserError) as raised:
+        calibrate(checkpoint, random_blocks(), options)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
