@@ -38,7 +38,7 @@ with model.hold_sparsity(0.2):  # moves the threshold, where the text drifts fro
     model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=2000)
 ```
 
-It runs with transformers 4.57 and 5, `attn_implementation` `sdpa` or `eager`.
+{_figures(routing)}It runs with transformers 4.57 and 5, `attn_implementation` `sdpa` or `eager`.
 
 | sparsity | threshold |
 |---|---|
@@ -51,6 +51,21 @@ Measured on held-out text at calibration. `routing.safetensors` holds the calibr
 def hub_id(name: str) -> str | None:
     """Returns the name where it is a Hub id; a local folder is nobody else's business."""
     return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists() else None
+
+
+def _figures(routing: Routing) -> str:
+    """Returns what the calibration measured on held-out text, or nothing if it did not."""
+    if not (test := routing.metadata.get("test")):
+        return ""
+    return f"""| on held-out text | dense | routed |
+|---|---|---|
+| perplexity (per token) | {test["perplexity_dense"]:.2f} | {test["perplexity"]:.2f} |
+| KL from dense (nats) | | {test["kl"]:.3f} |
+| same most likely token | | {test["agreement"]:.1%} |
+| FLOPs saved | | {test["sparsity"]:.1%} |
+| decisions approximated | | {test["decisions"]:.1%} |
+
+"""
 
 
 def _curve(routing: Routing) -> str:

@@ -63,6 +63,9 @@ def test_recipe(name, checkpoint, tmp_path, monkeypatch):
     folder = tmp_path / "hf"
     folder.mkdir()
     hf.write(checkpoint, routing, folder, torch.float32)
+    card = (folder / "README.md").read_text("utf-8")
+    assert f"| FLOPs saved | | {routing.metadata['test']['sparsity']:.1%} |" in card
+    assert f"| decisions approximated | | {routing.metadata['test']['decisions']:.1%} |" in card
     ids = random_blocks(seed=5).test
     with torch.no_grad():
         exported = hf.load(folder, dtype=torch.float32).eval()(input_ids=ids).logits
