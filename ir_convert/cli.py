@@ -90,13 +90,15 @@ def convert(model: str, out: tuple[Path, ...], units: str, **options: object) ->
     """
     from .convert import convert as pipeline
     from .progress import Bars
-    from .report import summary
+    from .report import summary, written
 
     console = Console(stderr=True)
     kinds = [unit.strip() for unit in units.split(",") if unit.strip()]
     conversion = pipeline(model, out, units=kinds, report=Bars(console), **options)  # type: ignore[arg-type]
     if conversion.sizes:
         Console().print(summary(conversion))
+        for line in written(conversion):
+            click.echo(line)
 
 
 @click.command("ir-convert generate")

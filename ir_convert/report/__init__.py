@@ -1,5 +1,5 @@
 """What a person looks at after a conversion."""
 
-from .summary import summary
+from .summary import summary, written
 
-__all__ = ["summary"]
+__all__ = ["summary", "written"]

@@ -6,7 +6,7 @@ from ..convert import Conversion
 
 
 def summary(conversion: Conversion) -> Table:
-    """Returns the table: quality, sparsity, sizes, time."""
+    """Returns the table: quality and sparsity."""
     metadata = conversion.routing.metadata
     test = metadata["test"]
     error = "" if test["sparsity_standard_error"] is None else f" ± {test['sparsity_standard_error']:.1%}"
@@ -23,11 +23,13 @@ def summary(conversion: Conversion) -> Table:
         for name, row in test["sources"].items():
             table.add_row(f"- on {name}", "", f"{row['sparsity']:.1%}")
     table.add_row("decisions approximated", "", f"{test['decisions']:.1%}")
-    table.add_section()
-    for path, size in conversion.sizes.items():
-        table.add_row(f"wrote {path}", "", _size(size))
-    table.add_row("time", "", f"{conversion.seconds:.0f} s")
     return table
+
+
+def written(conversion: Conversion) -> list[str]:
+    """Returns the lines after the table: sizes and time. A path that a table breaks over lines could not be copied."""
+    wrote = [f"wrote {path}  {_size(size)}" for path, size in conversion.sizes.items()]
+    return [*wrote, f"time {conversion.seconds:.0f} s"]
 
 
 def _size(size: int) -> str:
