@@ -79,6 +79,13 @@ def write_checkpoint(folder: Path, billions: float, shape: str) -> LlamaConfig:
     return config
 
 
+def parameters(config: LlamaConfig) -> int:
+    """Returns how many parameters a Llama with a head of its own has."""
+    hidden, kv = config.hidden_size, config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
+    layer = 2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * config.intermediate_size + 2 * hidden
+    return config.num_hidden_layers * layer + 2 * config.vocab_size * hidden + hidden
+
+
 def resident(pid: int) -> tuple[int, int]:
     """Returns a process's anonymous resident memory and its whole resident memory, in bytes (Linux)."""
     fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":" in line)
@@ -116,7 +123,7 @@ def main() -> None:
                         seen.add(file)
                         if file.endswith(".safetensors") and "." in file.removesuffix(".safetensors"):
                             stages.setdefault(file.rsplit(".", 2)[0], []).append(time.monotonic())
-                except OSError:
+                except (OSError, KeyError):  # it is just ending
                     pass
                 time.sleep(0.05)
 
@@ -130,7 +137,7 @@ def main() -> None:
         raise SystemExit(messages)
     per_layer = {stage: (times[-1] - times[0]) / (len(times) - 1) for stage, times in stages.items() if len(times) > 1}
     result = {
-        "billions_of_parameters": args.parameters,
+        "parameters": parameters(config),
         "shape": args.shape,
         "layers": config.num_hidden_layers,
         "hidden": config.hidden_size,

@@ -161,6 +161,7 @@ def _calibrate(
     routing.metadata["job_sha256"] = job.sha256
     if kept:
         routing.save(kept)
+    team.wait()  # or the first process would remove the folder while another still writes there
     return routing
 
 

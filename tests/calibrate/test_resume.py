@@ -78,7 +78,7 @@ def test_killed_at_every_step(variant, before, after, checkpoint, short, tmp_pat
     assert len(set(steps)) == len(steps)  # no step is done twice
     assert set(steps) == {path.stem for path in tmp_path.glob("*.safetensors")}
     assert all(len(run) <= 1 for run in runs)
-    stages = ("forward", "backward", "refit", "threshold.near", "threshold.curve", "evaluation")
+    stages = ("forward", "backward", "refit", "threshold.near.0", "threshold.curve", "evaluation")
     assert set(steps) > {f"{stage}.{layer}" for stage in stages for layer in range(3)}
 
 
