@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ir_convert.calibrate import Options
 from ir_convert.calibrate.calibrate import check_reachable
+from ir_convert.calibrate.fitted import Fitted
 from ir_convert.calibrate.forecaster import Moments
-from ir_convert.calibrate.recipes import Fitted, fit
+from ir_convert.calibrate.recipes import fit
 from ir_convert.checkpoint import Checkpoint
 from ir_convert.data import Blocks
 from ir_convert.decoder import Decoder

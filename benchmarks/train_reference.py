@@ -17,7 +17,18 @@ from books import books
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from training import BATCH_TOKENS, BLOCK, perplexity, round_weights, save, tokenise, train, train_tokenizer
+from training import (
+    BATCH_TOKENS,
+    BLOCK,
+    add_options,
+    parse,
+    perplexity,
+    round_weights,
+    save,
+    tokenise,
+    train,
+    train_tokenizer,
+)
 
 MODELS = {
     "novels": ("*", {"model_type": "llama", "vocab_size": 4096, "hidden_size": 192, "intermediate_size": 512,
@@ -52,15 +63,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("--books", type=Path, required=True, help="a folder of .txt files")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=60, help="training time, unless --steps is given")
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--lr", type=float, default=0.02, help="Muon's learning rate; AdamW's is a fifth of it")
-    parser.add_argument("--device", default="cpu")
-    args = parser.parse_args()
-    if args.out.exists():
-        parser.error(f"{args.out} exists: name a folder that does not")
+    add_options(parser)
+    args = parse(parser)
     torch.manual_seed(args.seed)
 
     pattern, fields = MODELS[args.model]

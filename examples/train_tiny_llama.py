@@ -15,7 +15,18 @@ from pathlib import Path
 
 import torch
 from stdlib_text import sources, topics
-from training import BATCH_TOKENS, BLOCK, perplexity, round_weights, save, tokenise, train, train_tokenizer
+from training import (
+    BATCH_TOKENS,
+    BLOCK,
+    add_options,
+    parse,
+    perplexity,
+    round_weights,
+    save,
+    tokenise,
+    train,
+    train_tokenizer,
+)
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY = 2048
@@ -61,15 +72,8 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", nargs="*", type=Path, help="further text files to train on")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=60, help="training time, unless --steps is given")
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--lr", type=float, default=0.02, help="Muon's learning rate; AdamW's is a fifth of it")
-    parser.add_argument("--device", default="cpu")
-    args = parser.parse_args()
-    if args.out.exists():
-        parser.error(f"{args.out} exists: name a folder that does not")
+    add_options(parser)
+    args = parse(parser)
     torch.manual_seed(args.seed)
 
     train_topics, train_sources = topics("train"), sources("train")

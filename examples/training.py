@@ -1,5 +1,6 @@
 """Trains small language models from scratch: tokenizer, optimisers, schedule, held-out perplexity."""
 
+import argparse
 import json
 import math
 import time
@@ -11,6 +12,24 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 BLOCK, BATCH_TOKENS = 512, 4096
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that every training script has."""
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=60, help="training time, unless --steps is given")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--lr", type=float, default=0.02, help="Muon's learning rate; AdamW's is a fifth of it")
+    parser.add_argument("--device", default="cpu")
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Reads the command line; nothing that exists is written over."""
+    args = parser.parse_args()
+    if args.out.exists():
+        parser.error(f"{args.out} exists: name a folder that does not")
+    return args
 
 
 def train_tokenizer(documents: list[str], vocabulary: int) -> PreTrainedTokenizerFast:

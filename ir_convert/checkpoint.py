@@ -32,6 +32,9 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 
+# Low-rank changes by weight name: A ``[rank, in]`` and B ``[out, rank]``; the changed weight is W + B A.
+Lora = dict[str, tuple[torch.Tensor, torch.Tensor]]
+
 
 @dataclass
 class Checkpoint:
@@ -49,7 +52,7 @@ class Checkpoint:
     path: Path
     config: PretrainedConfig
     shards: dict[str, str] = field(repr=False)
-    lora: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, repr=False)
+    lora: Lora = field(default_factory=dict, repr=False)
 
     @classmethod
     def open(cls, model: str) -> "Checkpoint":
@@ -105,7 +108,7 @@ class Checkpoint:
         prefix = f"{self.family.layers}.{layer}."
         return {name.removeprefix(prefix): self.read(name, dtype) for name in self.shards if name.startswith(prefix)}
 
-    def with_lora(self, lora: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> "Checkpoint":
+    def with_lora(self, lora: Lora) -> "Checkpoint":
         """Returns the checkpoint with these changes folded into whatever is read."""
         return replace(self, lora=lora)
 

@@ -43,11 +43,22 @@ class Layer:
         window = length if self._window is None else self._window
         if window >= length and visible is None:
             return None
-        everything = torch.ones(length, length, dtype=torch.bool, device=h.device)
-        mask = (everything.tril() & everything.triu(1 - window))[None, None]
-        if visible is not None:
-            mask = mask & (visible[:, None, None, :] | torch.eye(length, dtype=torch.bool, device=h.device))
-        return mask
+        return causal_mask(length, window, visible, h.device)
+
+
+def causal_mask(length: int, window: int | None, visible: Tensor | None, device: torch.device) -> Tensor:
+    """Returns who sees whom, bool ``[batch or 1, 1, query, key]``.
+
+    Args:
+        length: of the sequences.
+        window: how many positions back a token sees, itself included; None for all.
+        visible: bool ``[batch, sequence]``: the tokens that leave keys and values; None for all. Every token sees itself.
+    """
+    everything = torch.ones(length, length, dtype=torch.bool, device=device)
+    causal = everything.tril() if window is None else everything.tril() & everything.triu(1 - window)
+    if visible is None:
+        return causal[None, None]
+    return causal & (visible[:, None, None, :] | torch.eye(length, dtype=torch.bool, device=device))
 
 
 class Decoder:

@@ -11,7 +11,7 @@ from .outputs import Output
 from .routing import Routing
 from .stream import Team, Work
 
-JOB, ROUTING = "job.json", "routing.safetensors"
+JOB = "job.json"
 
 
 @dataclass(frozen=True)

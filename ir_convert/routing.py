@@ -16,9 +16,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .checkpoint import Lora
 from .errors import UserError
 from .files import sync
-from .units import RoutedUnit, Units
+from .units import Units, units_from_tensors, units_to_tensors
 
 FORMAT = 2
 
@@ -60,7 +61,7 @@ class Routing:
     units: Units
     curve: Curve
     metadata: dict[str, Any] = field(default_factory=dict)
-    lora: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    lora: Lora = field(default_factory=dict)
 
     @property
     def kv_cache(self) -> str:
@@ -80,9 +81,8 @@ class Routing:
     def save(self, path: Path) -> None:
         """Writes the file whole or not at all (temporary file, fsync, rename)."""
         tensors = {
-            f"layers.{layer}.{unit}.{name}": tensor.detach().float().cpu().contiguous()
-            for (layer, unit), routed in self.units.items()
-            for name, tensor in routed.tensors().items()
+            f"layers.{name}": tensor.detach().float().cpu().contiguous()
+            for name, tensor in units_to_tensors(self.units).items()
         }
         for weight, (a, b) in self.lora.items():
             tensors |= {f"lora.{weight}.a": a.float().contiguous(), f"lora.{weight}.b": b.float().contiguous()}
@@ -116,9 +116,5 @@ class Routing:
             for name in sorted(tensors)
             if name.startswith("lora.") and name.endswith(".a")
         }
-        grouped: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
-        for name, tensor in tensors.items():
-            _, layer, unit, rest = name.split(".", 3)
-            grouped.setdefault((int(layer), unit), {})[rest] = tensor
-        units = {key: RoutedUnit.from_tensors(grouped[key]) for key in sorted(grouped)}
+        units = units_from_tensors({name.removeprefix("layers."): tensor for name, tensor in tensors.items()})
         return cls(units, curve, json.loads(header["ir_convert"]), lora)

@@ -107,6 +107,20 @@ _PARTS: dict[str, type[Forecaster] | type[Router]] = {"forecaster": Forecaster, 
 Units = dict[tuple[int, str], RoutedUnit]
 
 
+def units_to_tensors(units: Units) -> dict[str, Tensor]:
+    """Returns every unit's tensors by name, e.g. ``3.mlp.forecaster.down``."""
+    return {f"{layer}.{unit}.{name}": t for (layer, unit), u in units.items() for name, t in u.tensors().items()}
+
+
+def units_from_tensors(tensors: dict[str, Tensor]) -> Units:
+    """The inverse of ``units_to_tensors``, in the order of layers."""
+    grouped: dict[tuple[int, str], dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        layer, unit, rest = name.split(".", 2)
+        grouped.setdefault((int(layer), unit), {})[rest] = tensor
+    return {key: RoutedUnit.from_tensors(grouped[key]) for key in sorted(grouped)}
+
+
 def merge(execute: Tensor, output: Tensor, forecast: Tensor) -> Tensor:
     """Returns the unit's output where ``execute[...]``, the forecast elsewhere; both ``[..., hidden]``."""
     return torch.where(execute.unsqueeze(-1), output, forecast)

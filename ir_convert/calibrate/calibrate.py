@@ -18,8 +18,9 @@ from ..flops import Budget
 from ..progress import Reporter, Silent
 from ..routing import Curve, Routing
 from ..stream import Team, Work
+from .fitted import Fitted
 from .options import Options
-from .recipes import Fitted, fit
+from .recipes import fit
 from .threshold import Meter
 
 
@@ -50,8 +51,8 @@ def calibrate(
     start = time.monotonic()
     options = (options or Options()).settled(checkpoint.config)
     check_reachable(checkpoint, options)
-    _check_shared(blocks, team or Team())
     report, work, team = report or Silent(), work or Work(), team or Team()
+    _check_shared(blocks, team)
     fitted = fit(checkpoint, blocks, options, torch.device(device), work, team, report)
     fit_seconds = time.monotonic() - start
     decoder = fitted.decoder

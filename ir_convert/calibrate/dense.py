@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..decoder import Decoder, Layer
+from ..families import UNITS
 from ..flops import Budget
 from ..progress import Reporter
 from ..stream import Result, States, Team, Work, by_layer, chunks, embed, named, require_finite, sweep
@@ -54,6 +55,11 @@ def candidate_ranks(rank: int, hidden: int) -> list[int]:
     return [min(hidden, max(1, round(rank * share))) for share in CANDIDATES] if rank else [0]
 
 
+def place_of_mean(ranks: list[int]) -> int:
+    """Returns which of ``candidate_ranks`` is the mean rank itself."""
+    return min(len(ranks) - 1, CANDIDATES.index(1.0))
+
+
 def run_forward(decoder: Decoder, ids: Tensor, work: Work, report: Reporter) -> list[States]:
     """Runs the dense model over ``ids[blocks, sequence]``; returns every layer's input, and the last layer's output."""
     shape = (*ids.shape, decoder.config.hidden_size)
@@ -62,7 +68,7 @@ def run_forward(decoder: Decoder, ids: Tensor, work: Work, report: Reporter) -> 
     def step(index: int, layer: Layer, source: States, target: States) -> Result:
         for rows in chunks(*ids.shape):
             x = source[rows].to(decoder.device)
-            for unit in ("attention", "mlp"):
+            for unit in UNITS:
                 x = x + layer.run(unit, layer.norm(unit, x))
                 require_finite(x, index, unit, rows)
             target[rows] = x.cpu()
@@ -108,7 +114,7 @@ def run_backward(
         for rows in chunks(len(ids), ids.shape[1] * PROBES):
             x = states[index][rows].to(decoder.device).requires_grad_()
             inputs, outputs, stream = {}, {}, x
-            for unit in ("attention", "mlp"):
+            for unit in UNITS:
                 inputs[unit] = layer.norm(unit, stream)
                 outputs[unit] = layer.run(unit, inputs[unit])
                 stream = stream + outputs[unit]
@@ -137,10 +143,9 @@ def run_backward(
                 forecaster, unexplained = moments.share(team).fit(max(ranks))
                 costs = torch.stack([_cost(truncated(forecaster, each), h, y, probed) for each in ranks])
                 # The router is fitted to what the mean rank costs.
-                place = min(len(ranks) - 1, CANDIDATES.index(1.0))
                 with torch.enable_grad():
                     seed = options.seed + 1000 * index + len(unit)
-                    router = fit_router(h, costs[place], width, budget.share(unit), seed, sample)
+                    router = fit_router(h, costs[place_of_mean(ranks)], width, budget.share(unit), seed, sample)
                 learnt = Learnt(forecaster, router, unexplained, costs, router(h))
                 result |= named(unit, learnt.tensors())
         return result

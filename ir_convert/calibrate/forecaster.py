@@ -16,9 +16,12 @@ from torch.nn import functional as F
 
 from ..stream import Sample, Team
 from ..units import Forecaster
+from .descent import descend
 
 RIDGE = 1e-3
 INFLECTION = 2.3994  # of silu, where it is straight
+VALUE = INFLECTION / (1 + math.exp(-INFLECTION))  # of silu there, and its slope
+SLOPE = VALUE / INFLECTION * (1 + INFLECTION / (1 + math.exp(INFLECTION)))
 SPREAD = 0.25  # of the code around it
 BENT_SPREAD, BENT_CENTRE = 1.5, 1.0  # where training starts it: there silu bends
 BATCH, LR = 1024, 3e-2
@@ -44,7 +47,7 @@ class Moments:
         self.h += weighted.double().sum(0)
         self.hh += weighted.T @ h
         self.hy += weighted.T @ y
-        self.y += (weight.double() @ y.double()) if len(y) < 4096 else (weight @ y).double()
+        self.y += (y * weight.unsqueeze(1)).double().sum(0)
         self.yy += weight.double() @ (y * y).sum(1).double()
 
     def share(self, team: Team) -> "Moments":
@@ -76,14 +79,12 @@ class Moments:
         explained = 2 * ((down @ sxy) * q.T).sum(1) - ((down @ sxx) * down).sum(1)
         unexplained = torch.cat([variance, (variance - explained.cumsum(0))]) / variance
         scale = SPREAD / ((down @ sxx) * down).sum(1).clamp(min=1e-30).sqrt()
-        slope = torch.sigmoid(torch.tensor(INFLECTION)) * (1 + INFLECTION * torch.sigmoid(torch.tensor(-INFLECTION)))
-        value = INFLECTION * torch.sigmoid(torch.tensor(INFLECTION))
-        up = q / (slope * scale)
+        up = q / (SLOPE * scale)
         parts = (
             down * scale.unsqueeze(1),
             INFLECTION - scale * (down @ mean_h),
             up,
-            mean_y - value * up.sum(1),
+            mean_y - VALUE * up.sum(1),
         )
         return Forecaster(*(part.float().contiguous() for part in parts)), unexplained.float().cpu()
 
@@ -107,8 +108,7 @@ def leading_eigenvectors(matrix: Tensor, count: int) -> Tensor:
 
 def truncated(forecaster: Forecaster, rank: int) -> Forecaster:
     """Returns the best forecaster of a smaller rank, from one that ``Moments.fit`` gave."""
-    slope_value = INFLECTION / (1 + math.exp(-INFLECTION))
-    dropped = forecaster.up[:, rank:].sum(1) * slope_value
+    dropped = forecaster.up[:, rank:].sum(1) * VALUE
     return Forecaster(
         forecaster.down[:rank].contiguous(),
         forecaster.down_bias[:rank].contiguous(),
@@ -140,16 +140,11 @@ def train_activation(
     parameters = [start.down, start.down_bias, start.up / scale, start.bias / scale]
     parameters = [parameter.clone().requires_grad_() for parameter in parameters]
     optimizer = torch.optim.Adam(parameters, lr=LR, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps, pct_start=0.1)
-    for _ in range(steps):
-        rows = sample.draw(BATCH, generator)
-        forecast = Forecaster(*parameters)(h[rows])
-        loss = (((forecast - y[rows] / scale) ** 2).sum(1) * weight[rows]).sum() / BATCH
-        gradients = sample.team.sum(torch.autograd.grad(loss, parameters))
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-        optimizer.step()
-        schedule.step()
+
+    def losses(rows: Tensor) -> Tensor:
+        return ((Forecaster(*parameters)(h[rows]) - y[rows] / scale) ** 2).sum(1) * weight[rows]
+
+    descend(optimizer, losses, steps=steps, batch=BATCH, warm_up=0.1, generator=generator, sample=sample)
     return _solve_second_layer(parameters[0].detach(), parameters[1].detach(), h, y, weight, sample.team)
 
 

@@ -1,35 +1,20 @@
 """The local recipe: two dense passes, a first threshold, and a refit under routing. No end-to-end training."""
 
-from dataclasses import dataclass
-
-from torch import Tensor
-
 from ..data import Blocks
 from ..decoder import Decoder
-from ..flops import Key
 from ..progress import Reporter
 from ..stream import Team, Work
-from ..units import Units
 from .allocate import allocate_ranks
-from .dense import candidate_ranks, run_backward, run_forward, units_at
+from .dense import candidate_ranks, place_of_mean, run_backward, run_forward, units_at
+from .fitted import Fitted
 from .options import Options
 from .refit import refit
 from .threshold import Meter
 
 
-@dataclass
-class Local:
-    """What the recipe gives; see ``recipes.Fitted``."""
-
-    units: Units
-    scores: dict[Key, Tensor]
-    threshold: float
-    notes: dict[Key, dict[str, float]]
-
-
 def fit_local(
     decoder: Decoder, blocks: Blocks, options: Options, meter: Meter, work: Work, team: Team, report: Reporter
-) -> Local:
+) -> Fitted:
     """Fits forecasters and routers for ``options.sparsity``; each process of the team works on its share of the blocks."""
     mean, _ = options.shape
     ids, count = team.mine(blocks.fit), len(blocks.fit)
@@ -43,7 +28,7 @@ def fit_local(
     threshold = meter.near(even, scores, options.sparsity)
     chosen = allocate_ranks(learnt, ranks, mean, threshold, team)
     units = refit(decoder, even, chosen, ids, count, threshold, options, work, team, report)
-    place = ranks.index(mean) if mean in ranks else -1
+    place = place_of_mean(ranks)
     notes = {
         key: {
             "rank": chosen[key],
@@ -52,4 +37,4 @@ def fit_local(
         }
         for key, unit in learnt.items()
     }
-    return Local(units, scores, threshold, notes)
+    return Fitted(units, decoder, scores, (options.sparsity, threshold), notes)

@@ -1,6 +1,6 @@
 """What a calibration may be told."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -63,8 +63,8 @@ class Options:
         if rank > hidden:
             raise UserError(f"rank {rank} is more than the model's width, {hidden}: give a smaller --rank")
         width = default_router_width(hidden) if self.router_width is None else self.router_width
-        values = asdict(self) | {"rank": 0 if self.recipe == "greedy" else rank, "router_width": width}
-        return Options(**values | {"units": tuple(unit for unit in UNITS if unit in self.units)})
+        units = tuple(unit for unit in UNITS if unit in self.units)
+        return replace(self, rank=0 if self.recipe == "greedy" else rank, router_width=width, units=units)
 
     @property
     def shape(self) -> tuple[int, int]:

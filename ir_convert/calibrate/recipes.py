@@ -1,6 +1,6 @@
 """The recipes behind one door: each gives forecasters, routers, and about the threshold of the asked sparsity."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -8,40 +8,20 @@ from torch import Tensor
 from ..checkpoint import Checkpoint
 from ..data import Blocks
 from ..decoder import Decoder
+from ..families import UNITS
 from ..flops import Key
 from ..progress import Reporter
 from ..stream import Result, Team, Work, chunks
-from ..units import RoutedUnit, Units
+from ..units import Units, units_from_tensors, units_to_tensors
+from .fitted import Fitted
 from .local import fit_local
 from .options import Options
 from .threshold import Meter
 
-Lora = dict[str, tuple[Tensor, Tensor]]
 # The published rates are for 2000 steps of whole batches; shorter runs take larger steps, up to a point.
 PUBLISHED_STEPS, MOST_RATE = 2000, 10.0
 BATCH, LENGTH = 8, 256
 POLISH_LR, POLISH_FORECASTER_LR, POLISH_TEMPERATURE = 2e-3, 1e-3, 0.5
-
-
-@dataclass
-class Fitted:
-    """What a recipe gives.
-
-    Attributes:
-        units: forecaster and router by (layer, unit).
-        decoder: the model they are for, LoRA folded in.
-        scores: the routers' scores on the dense stream ``[tokens]``; they say where thresholds lie.
-        near: a sparsity, and about the threshold that gives it.
-        notes: figures for the metadata, by (layer, unit).
-        lora: changes of base weights.
-    """
-
-    units: Units
-    decoder: Decoder
-    scores: dict[Key, Tensor]
-    near: tuple[float, float]
-    notes: dict[Key, dict[str, float]] = field(default_factory=dict)
-    lora: Lora = field(default_factory=dict)
 
 
 def fit(
@@ -59,8 +39,7 @@ def fit(
     aim = options.sparsity or 0.25
     meter = Meter(decoder, blocks.threshold, options.kv_cache, work, team, report)
     if options.recipe == "local":
-        local = fit_local(decoder, blocks, replace(options, sparsity=aim), meter, work, team, report)
-        fitted = Fitted(local.units, decoder, local.scores, (aim, local.threshold), local.notes)
+        fitted = fit_local(decoder, blocks, replace(options, sparsity=aim), meter, work, team, report)
     else:
         fitted = _end_to_end(checkpoint, blocks, options, aim, meter, work, report)
     if options.polish:
@@ -71,12 +50,12 @@ def fit(
 def _end_to_end(
     checkpoint: Checkpoint, blocks: Blocks, options: Options, aim: float, meter: Meter, work: Work, report: Reporter
 ) -> Fitted:
-    from .endtoend import Descent, train_lora, train_paper, uniform_shapes
+    from .endtoend import Descent, cut, train_lora, train_paper, uniform_shapes
 
     decoder, steps = meter.decoder, options.steps
     rate = min(MOST_RATE, PUBLISHED_STEPS / steps)
     shapes = uniform_shapes(checkpoint.config, *options.shape, options.units)
-    ids = _cut(blocks.fit)
+    ids = cut(blocks.fit, LENGTH)
 
     def train() -> Result:
         units, _ = train_paper(
@@ -92,9 +71,9 @@ def _end_to_end(
             device=decoder.device,
             report=report,
         )
-        return _flat(units)
+        return units_to_tensors(units)
 
-    units = _units(work.once("endtoend", train))
+    units = units_from_tensors(work.once("endtoend", train))
     scores = _dense_scores(decoder, units, blocks.threshold)
     near = meter.near(units, scores, aim)
     if not options.lora:
@@ -125,7 +104,7 @@ def _end_to_end(
 def _polish(
     fitted: Fitted, blocks: Blocks, options: Options, aim: float, meter: Meter, work: Work, report: Reporter
 ) -> Fitted:
-    from .endtoend import Descent, polish
+    from .endtoend import Descent, cut, polish
 
     meter = replace(meter, decoder=fitted.decoder)
     # The recipe's threshold was measured before its last step; training holds the one it starts at.
@@ -135,7 +114,7 @@ def _polish(
         units, _ = polish(
             fitted.decoder.checkpoint,
             fitted.units,
-            _cut(blocks.fit),
+            cut(blocks.fit, LENGTH),
             threshold=threshold,
             sparsity=aim,
             kv_cache=options.kv_cache,
@@ -147,9 +126,9 @@ def _polish(
             device=fitted.decoder.device,
             report=report,
         )
-        return _flat(units)
+        return units_to_tensors(units)
 
-    units = _units(work.once("polish", train))
+    units = units_from_tensors(work.once("polish", train))
     scores = _dense_scores(fitted.decoder, units, blocks.threshold)
     near = meter.near(units, scores, aim, "polished")
     return replace(fitted, units=units, scores=scores, near=(aim, near))
@@ -161,27 +140,9 @@ def _dense_scores(decoder: Decoder, units: Units, ids: Tensor) -> dict[Key, Tens
     rows = next(iter(chunks(*ids.shape)))
     x, scores = decoder.embed(ids[rows]).to(decoder.device), {}
     for index, layer in decoder.layers():
-        for unit in ("attention", "mlp"):
+        for unit in UNITS:
             h = layer.norm(unit, x)
             if (routed := units.get((index, unit))) is not None:
                 scores[index, unit] = routed.to(decoder.device).router(h).flatten().cpu()
             x = x + layer.run(unit, h)
     return scores
-
-
-def _cut(blocks: Tensor) -> Tensor:
-    """Cuts blocks to the length that end-to-end training runs on."""
-    length = min(LENGTH, blocks.shape[1])
-    return blocks[:, : blocks.shape[1] // length * length].reshape(-1, length)
-
-
-def _flat(units: Units) -> Result:
-    return {f"{layer}.{unit}.{name}": t for (layer, unit), u in units.items() for name, t in u.tensors().items()}
-
-
-def _units(tensors: Result) -> Units:
-    grouped: dict[Key, Result] = {}
-    for name, tensor in tensors.items():
-        layer, unit, rest = name.split(".", 2)
-        grouped.setdefault((int(layer), unit), {})[rest] = tensor
-    return {key: RoutedUnit.from_tensors(grouped[key]) for key in sorted(grouped)}

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..decoder import Decoder, Layer
+from ..families import UNITS
 from ..flops import Key
 from ..progress import Reporter
 from ..stream import Result, States, Team, Work, by_layer, chunks, embed, named, require_finite, sweep
@@ -44,14 +45,13 @@ def refit(
     @torch.no_grad()
     def step(index: int, layer: Layer, source: States, target: States) -> Result:
         result: Result = {}
-        for rows in chunks(*ids.shape):
-            target[rows] = source[rows]
-        for unit in ("attention", "mlp"):
+        before = source
+        for unit in UNITS:
             routed = units.get((index, unit))
-            inputs, outputs, executes = [], [], []
+            inputs, outputs, executes, weights = [], [], [], []
             moments = Moments(shape[-1], shape[-1], decoder.device)
             for rows in chunks(*ids.shape):
-                x = target[rows].to(decoder.device)
+                x = before[rows].to(decoder.device)
                 h = layer.norm(unit, x)
                 execute = (
                     routed.execute(h, threshold)
@@ -62,27 +62,28 @@ def refit(
                 y = layer.run(unit, h, execute if strict else None)
                 require_finite(y, index, unit, rows)
                 if routed:
-                    weight = torch.where(execute, EXECUTED_WEIGHT, 1.0)
-                    moments.add(h, y, weight)
+                    weights.append(torch.where(execute, EXECUTED_WEIGHT, 1.0).flatten())
+                    moments.add(h, y, weights[-1])
                     inputs.append(h.flatten(0, 1))
                     outputs.append(y.flatten(0, 1))
                     executes.append(execute.flatten())
                 else:
                     target[rows] = (x + y).cpu()
             if not routed:
+                before = target
                 continue
-            h, y, execute = torch.cat(inputs), torch.cat(outputs), torch.cat(executes)
+            h, y, execute, weight = (torch.cat(parts) for parts in (inputs, outputs, executes, weights))
             del inputs, outputs
             forecaster, _ = moments.share(team).fit(ranks[index, unit])
             with torch.enable_grad():
-                weight = torch.where(execute, EXECUTED_WEIGHT, 1.0)
                 seed = options.seed + 1000 * index + len(unit)
                 forecaster = train_activation(forecaster, h, y, weight, steps, seed, sample)
             result |= named(unit, RoutedUnit(forecaster, routed.router).tensors())
             for rows in chunks(*ids.shape):
                 flat = slice(rows.start * ids.shape[1], rows.stop * ids.shape[1])
                 change = merge(execute[flat], y[flat], forecaster(h[flat])).cpu()
-                target[rows] = target[rows] + change.view(-1, *shape[1:])
+                target[rows] = before[rows] + change.view(-1, *shape[1:])
+            before = target
         return result or {"done": torch.ones(1)}
 
     results, states = sweep(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..stream import Sample
 from ..units import Router
+from .descent import descend
 
 STEPS, BATCH, LR, DECAY = 400, 2048, 1e-2, 3.0
 # Costs are floored at this share of their mean, so that a token that costs nothing cannot drive its score to -inf.
@@ -50,16 +51,12 @@ def fit_router(h: Tensor, cost: Tensor, width: int, share: float, seed: int, sam
 
     groups = [{"params": [w1, w2], "weight_decay": DECAY}, {"params": [b1, b2], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=LR)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=STEPS)
-    for _ in range(STEPS):
-        rows = sample.draw(BATCH, generator)
+
+    def losses(rows: Tensor) -> Tensor:
         z = folded()(h[rows])
-        loss = (cost[rows] * torch.exp(-z) + z).sum() / BATCH
-        gradients = sample.team.sum(torch.autograd.grad(loss, parameters))
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-        optimizer.step()
-        schedule.step()
+        return cost[rows] * torch.exp(-z) + z
+
+    descend(optimizer, losses, steps=STEPS, batch=BATCH, warm_up=0.3, generator=generator, sample=sample)
     with torch.no_grad():
         router = folded()
         router.out_bias = b2 + torch.log(scale) - math.log(share)

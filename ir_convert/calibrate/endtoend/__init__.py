@@ -5,6 +5,6 @@ from .lora import train_lora
 from .model import RoutedModel
 from .paper import train_paper, uniform_shapes
 from .polish import polish
-from .train import Descent, Trace
+from .train import Descent, Trace, cut
 
-__all__ = ["Descent", "Gates", "RoutedModel", "Trace", "polish", "train_lora", "train_paper", "uniform_shapes"]
+__all__ = ["Descent", "Gates", "RoutedModel", "Trace", "cut", "polish", "train_lora", "train_paper", "uniform_shapes"]

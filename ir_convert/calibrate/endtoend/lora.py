@@ -5,7 +5,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...checkpoint import Checkpoint
+from ...checkpoint import Checkpoint, Lora
 from ...families import UNITS
 from ...flops import Budget
 from ...progress import Reporter
@@ -18,9 +18,6 @@ from .workers import Workers
 
 LORA = Descent(steps=2000, batch=16, lr=2e-4)
 PROJECTIONS = ("q_proj", "v_proj", "gate_proj")
-
-# By weight name: A ``[rank, in]`` and B ``[out, rank]``; the adapted weight is W + B A.
-Lora = dict[str, tuple[Tensor, Tensor]]
 
 
 class Adapted(nn.Module):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from ...checkpoint import Checkpoint
+from ...decoder import causal_mask
 from ...families import UNITS, sliding_windows
 from ...flops import Key
 from ...units import Forecaster, RoutedUnit, Router, Units
@@ -93,7 +94,10 @@ class _RoutedAttention(_RoutedModule):
     ) -> tuple[Tensor, Tensor | None]:
         def run(gate: Tensor | None) -> Tensor:
             strict = self._strict and gate is not None
-            mask = _strict_mask(gate.detach() > 0, self._window) if strict and gate is not None else attention_mask
+            mask = attention_mask
+            if strict and gate is not None:
+                visible = gate.detach() > 0
+                mask = causal_mask(visible.shape[1], self._window, visible, visible.device)
             return self.inner(hidden_states=hidden_states, attention_mask=mask, **others)[0]
 
         return self._route(hidden_states, run), None
@@ -215,15 +219,6 @@ class RoutedModel(nn.Module):
             )
             for key, routing in self._routings.items()
         }
-
-
-def _strict_mask(visible: Tensor, window: int | None) -> Tensor:
-    """Returns who sees whom ``[batch, 1, query, key]``, from the tokens ``[batch, sequence]`` that leave keys and values."""
-    length = visible.shape[1]
-    everything = torch.ones(length, length, dtype=torch.bool, device=visible.device)
-    causal = everything.tril() if window is None else everything.tril() & everything.triu(1 - window)
-    itself = torch.eye(length, dtype=torch.bool, device=visible.device)
-    return (causal & (visible[:, None, :] | itself)).unsqueeze(1)
 
 
 def _load_ends(base: Any, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:

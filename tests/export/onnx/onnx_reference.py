@@ -1,11 +1,14 @@
 """A plain torch rendering of the method, and padded batches to hold an exported model against it."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -82,6 +85,22 @@ def batches(draw: st.DrawFn) -> Batch:
     cuts = sorted(draw(st.sets(st.integers(1, length - 1), max_size=4))) if length > 1 else []
     pieces = [end - start for start, end in zip([0, *cuts], [*cuts, length], strict=True)]
     return Batch(ids, mask, pieces)
+
+
+def product_shapes(model: OnnxModel, batch: Batch, threshold: float, folder: Path) -> list[list[int]]:
+    """Returns the output shape of every matrix product that ONNX Runtime ran inside the routed units, by its own profile."""
+    options = ort.SessionOptions()
+    options.enable_profiling, options.profile_file_prefix = True, str(folder / "profile")
+    profiled = OnnxModel.load(model.path, ["CPUExecutionProvider"], threads=1, threshold=threshold, options=options)
+    run_pieces(profiled, batch)
+    with open(profiled.session.end_profiling()) as file:
+        events = [event for event in json.load(file) if event.get("args", {}).get("op_name") in ("MatMul", "Gemm")]
+    shapes = []
+    for event in events:
+        (shape,) = event["args"]["output_type_shape"][0].values()
+        if "_inlfunc_" in event["name"]:
+            shapes.append(shape)
+    return shapes
 
 
 def run_pieces(model: OnnxModel, batch: Batch) -> Tensor:

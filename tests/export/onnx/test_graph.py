@@ -1,19 +1,16 @@
 """The whole graph against torch: dense, routed, padded, in pieces; and how much work it really does."""
 
-import json
 import math
 from collections import Counter
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from onnx_reference import Batch, batches, run_pieces
+from onnx_reference import Batch, batches, product_shapes, run_pieces
 
 from ir_convert.families import projection_sizes
-from ir_convert.runtime import OnnxModel
 
 PROPERTY = settings(max_examples=40, deadline=None)
 
@@ -74,16 +71,9 @@ def test_approximated_tokens_skip_the_products(exported, tmp_path, threshold):
     reference(batch.ids, batch.mask, threshold)
     assert reference.margin > 1e-5
 
-    options = ort.SessionOptions()
-    options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
-    profiled = OnnxModel.load(model.path, ["CPUExecutionProvider"], threads=1, threshold=threshold, options=options)
-    run_pieces(profiled, batch)
-    with open(profiled.session.end_profiling()) as file:
-        events = [event for event in json.load(file) if event.get("args", {}).get("op_name") in ("MatMul", "Gemm")]
     rows: Counter[int] = Counter()
-    for event in events:
-        (shape,) = event["args"]["output_type_shape"][0].values()
-        if "_inlfunc_" in event["name"] and len(shape) == 2:  # K and V run for every token: [B, S, width]
+    for shape in product_shapes(model, batch, threshold, tmp_path):
+        if len(shape) == 2:  # K and V run for every token: [B, S, width]
             rows[shape[1]] += shape[0]
 
     executed = dict.fromkeys(("attention", "mlp"), 0)

@@ -1,17 +1,15 @@
 """Whatever a routing file asks for, ONNX Runtime computes: against calibration's own forward pass."""
 
-import json
 import math
 from collections import Counter
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from onnx_reference import Batch, batches, run_pieces
+from onnx_reference import Batch, batches, product_shapes, run_pieces
 from stream_reference import StreamReference
 from variants import VARIANTS
 
@@ -90,17 +88,9 @@ def test_approximated_tokens_skip_the_products(variant, tmp_path, threshold):
     batch, config = padded_batch(), reference.decoder.config
     expected = reference(batch.ids, batch.mask, threshold)
     assert expected.margin > 1e-5
-    options = ort.SessionOptions()
-    options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
-    profiled = OnnxModel.load(model.path, ["CPUExecutionProvider"], threads=1, threshold=threshold, options=options)
-    run_pieces(profiled, batch)
-    with open(profiled.session.end_profiling()) as file:
-        events = [event for event in json.load(file) if event.get("args", {}).get("op_name") in ("MatMul", "Gemm")]
     rows: Counter[int] = Counter()
-    for event in events:
-        (shape,) = event["args"]["output_type_shape"][0].values()
-        if "_inlfunc_" in event["name"]:
-            rows[shape[-1]] += math.prod(shape[:-1])
+    for shape in product_shapes(model, batch, threshold, tmp_path):
+        rows[shape[-1]] += math.prod(shape[:-1])
 
     strict = reference.routing.kv_cache == "strict"
     counted: Counter[int] = Counter()
