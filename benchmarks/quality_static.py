@@ -41,7 +41,7 @@ def _losses_without(decoder: Decoder, ids: torch.Tensor, dropped: list[Key]) -> 
                 continue
             before = streams[None]
             for key, x in streams.items():
-                streams[key] = x + layer.run(unit, layer.norm(unit, x))
+                streams[key] = x + layer.contribution(unit, x)
             streams[index, unit] = before
     head, labels = decoder.head(), ids[:, 1:].to(decoder.device)
     return {

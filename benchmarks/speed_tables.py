@@ -1,0 +1,67 @@
+"""Prints what ``onnx_speed.py`` and ``gpu.py`` measured."""
+
+from collections.abc import Iterable, Mapping
+from itertools import groupby
+from typing import Any
+
+from speed_measure import target
+from speed_session import Point
+
+HEADER = ("saved, asked", "achieved", "dense ms", "routed ms", "ratio", "quartiles", "ideal", "ratio/ideal", "target")
+DENSE = {"own": "our dense export", "genai": "onnxruntime-genai's builder"}
+
+
+def print_all(result: Mapping[str, Any]) -> None:
+    config = result["config"]
+    names = ", ".join(f"{name} {version}" for name, version in config["versions"].items())
+    print(f"## Routed against dense on {config['machine']}\n{names}; {config['clock']} clock\n`{config['command']}`")
+    for line in config.get("notes", []):
+        print(f"- {line}")
+    key = lambda record: (record["model"], record["precision"], record["threads"])  # noqa: E731
+    for (model, precision, threads), records in groupby(result["records"], key):
+        print_setting(config["models"][model], model, precision, threads, records)
+
+
+def print_setting(
+    facts: Mapping[str, Any], model: str, precision: str, threads: int, records: Iterable[Mapping[str, Any]]
+) -> None:
+    print(
+        f"\n### {model}, {precision}, {threads} thread(s)\n{facts['layers']} layers, width {facts['hidden']}, MLP "
+        f"{facts['ffn']}, {facts['heads']} heads, {facts['kv_heads']} of keys; forecasters' rank {facts['rank']}, routers' "
+        f"width {facts['router_width']}: {facts['overhead']:.1%} of the linear FLOPs;\nthe head "
+        f"({facts['vocabulary']} tokens{', tied' if facts['tied'] else ''}) is {facts['head_share']:.1%} of all "
+        "projections' and counted on both sides, for every position."
+    )
+    point = lambda record: Point(record["tokens"], record["cached"], record["batch"])  # noqa: E731
+    for where, rows in groupby(records, point):
+        print_point(where, list(rows))
+
+
+def print_point(where: Point, rows: list[Mapping[str, Any]]) -> None:
+    times = ", ".join(f"{DENSE[name]} {ms:.2f} ms" for name, ms in rows[0]["dense_ms"].items())
+    print(f"\n**{where}** (cache {rows[0]['cache']}; {times})\n")
+    cells = [HEADER, *(_cells(row) for row in rows)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(HEADER))]
+    for index, line in enumerate(cells):
+        print("| " + " | ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) + " |")
+        if index == 0:
+            print("|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|")
+
+
+def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    judged, quartiles = target(row), row["ratio_quartiles"]
+    verdict = "-"
+    if judged is not None:
+        value, most = judged
+        verdict = f"{'ratio' if row['asked'] == 0 else 'r/i'} <= {most:.2f}: {'yes' if value <= most else 'NO'}"
+    return (
+        f"{row['asked']:.2f}",
+        f"{row['achieved']:.3f}",
+        f"{row['dense_ms'][row['dense']]:.2f}",
+        f"{row['routed_ms']:.2f}",
+        f"{row['ratio']:.3f}",
+        f"{quartiles[0]:.3f}-{quartiles[1]:.3f}",
+        f"{row['ideal']:.3f}",
+        f"{row['ratio'] / row['ideal']:.3f}",
+        verdict,
+    )

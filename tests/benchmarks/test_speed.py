@@ -1,0 +1,177 @@
+"""The speed tables' machinery on a tiny model: decisions are what was asked, ideals what a hand counts, rows what is printed."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from ir_convert.units import Forecaster, RoutedUnit, Router
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+POINTS = ["--prefill", "64", "--decode", "24", "--sparsities", "0,0.4", "--rounds", "2", "--steps", "16"]
+
+
+@pytest.fixture(autouse=True)
+def reachable(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+@pytest.fixture
+def counted():
+    """(configuration, units) of one layer that is small enough to count by hand.
+
+    Weights: q 64, k 32, v 32, o 64, MLP 3 * 128 = 384; head 80. Forecaster 2 * 8 * 2 = 32, router (8 + 1) * 3 = 27, twice.
+    """
+    config = LlamaConfig(
+        vocab_size=10,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    forecaster = Forecaster(torch.zeros(2, 8), torch.zeros(2), torch.zeros(8, 2), torch.zeros(8))
+    router = Router(torch.zeros(3, 8), torch.zeros(3), torch.zeros(1, 3), torch.zeros(1))
+    return config, {(0, unit): RoutedUnit(forecaster, router) for unit in ("attention", "mlp")}
+
+
+def test_prefill_ideal_is_what_a_hand_counts(counted):
+    from speed_ideal import prefill_ideal, sparsity
+
+    flags = {(0, "attention"): np.array([[True, False, True]]), (0, "mlp"): np.array([[False, True, False]])}
+    # A query at place p sees p + 1 keys: 2 * 2 products of width 4 in each of 2 heads, 32 FLOPs a key.
+    dense = 3 * 2 * 576 + 32 * (1 + 2 + 3) + 3 * 2 * 80
+    routed = 3 * 2 * 64 + 2 * 2 * 128 + 32 * (1 + 3) + 1 * 2 * 384 + 3 * 2 * 80 + 3 * 2 * 2 * (32 + 27)
+    assert prefill_ideal(*counted, flags) == pytest.approx(routed / dense)
+    assert sparsity(*counted, [flags]) == pytest.approx((128 / 3 + 384 * 2 / 3 - 2 * 59) / 576)
+    everything = {key: np.ones((1, 3), bool) for key in flags}
+    assert prefill_ideal(*counted, everything) == pytest.approx(1 + 3 * 2 * 2 * 59 / dense)
+
+
+def test_prefill_ideal_with_a_cache(counted):
+    from speed_ideal import prefill_ideal
+
+    flags = {(0, "attention"): np.array([[False]]), (0, "mlp"): np.array([[True]])}
+    dense = 2 * 576 + 32 * 6 + 2 * 80
+    assert prefill_ideal(*counted, flags, past=5) == pytest.approx((dense - 2 * 128 - 32 * 6 + 4 * 59) / dense)
+
+
+@pytest.mark.parametrize(("precision", "weight", "forecaster"), [("fp32", 4, 4), ("fp16", 2, 2), ("int4", 0.625, 4)])
+def test_decode_reads_what_any_of_the_batch_executes(counted, precision, weight, forecaster):
+    from speed_ideal import decode_ideal
+
+    one = {(0, "attention"): np.array([[True], [False]]), (0, "mlp"): np.array([[False], [False]])}
+    none = {key: np.zeros((2, 1), bool) for key in one}
+    dense, overhead = weight * (576 + 80), 2 * (32 * forecaster + 27 * 4)
+    read = (weight * (192 + 80) + weight * (64 + 80)) / 2  # without the MLP; without q and o as well
+    assert decode_ideal(*counted, [one, none], precision) == pytest.approx((read + overhead) / dense)
+
+
+def test_threshold_is_found_or_refused():
+    from speed_measure import CLOSE, FAR, seek
+
+    tried = []
+
+    def saved(threshold: float) -> float:  # much steeper, and elsewhere, than the search expects
+        tried.append(threshold)
+        return 0.9 / (1 + math.exp(-8 * (threshold - 1.5))) - 0.03
+
+    for wanted in (0.1, 0.4, 0.8):
+        assert abs(saved(seek(saved, wanted, 0.0, 0.87, 0.03)) - wanted) <= CLOSE
+    assert len(tried) <= 3 * 11
+    with pytest.raises(RuntimeError, match="no threshold saves"):
+        seek(lambda threshold: 0.4 + 2 * FAR * (1 if threshold > 0.1 else -1), 0.4, 0.0, 0.9)
+
+
+def test_turns_are_taken_both_ways():
+    from speed_measure import time_in_turn
+
+    order: list[str] = []
+    runners = {name: lambda name=name: order.append(name) or float(len(order)) for name in "ab"}
+    times = time_in_turn(runners, 2)
+    assert "".join(order) == "ababba"  # the first two warm up
+    assert times == {"a": [3.0, 6.0], "b": [4.0, 5.0]}
+
+
+def test_targets():
+    from speed_measure import target
+
+    row = {"asked": 0.4, "kind": "decode", "precision": "int4", "ratio": 0.9, "ideal": 0.6, "tokens": 1}
+    assert target(row) == (pytest.approx(1.5), 1.20)
+    assert target(row | {"asked": 0.0}) == (0.9, 1.03)
+    assert target(row | {"kind": "prefill", "tokens": 512}) == (pytest.approx(1.5), 1.05)
+    assert target(row | {"kind": "prefill", "tokens": 511}) is None
+
+
+def check_records(result: dict, overhead: float) -> None:
+    """Every point has its rows, each of which saved what was asked and names the ideal of just that."""
+    points = {(row["kind"], row["batch"]) for row in result["records"]}
+    assert points == {("prefill", 1), ("decode", 1), ("decode", 4)}
+    assert len(result["records"]) == 2 * len(points)
+    for row in result["records"]:
+        assert row["routed_ms"] > 0
+        assert row["dense_ms"][row["dense"]] == min(row["dense_ms"].values()) > 0
+        low, high = row["ratio_quartiles"]
+        assert low <= row["ratio"] <= high
+        if row["asked"] == 0:
+            assert row["achieved"] == pytest.approx(-overhead, abs=1e-6)
+            assert row["ideal"] > 1
+        else:
+            assert row["achieved"] == pytest.approx(0.4, abs=0.03)
+            assert row["ideal"] < 1
+            assert 0 < row["approximated_most"] - row["approximated_least"] < 1  # no unit always or never
+
+
+def test_one_round_on_the_cpu(tmp_path, capsys):
+    import onnx_speed
+
+    out = tmp_path / "results" / "speed.json"
+    onnx_speed.main(
+        ["--models", "tiny", "--precisions", "fp32", "--threads", "1", *POINTS, "--json", str(out), "--profile"]
+    )
+    result = json.loads(out.read_text())
+    check_records(result, result["config"]["models"]["tiny"]["overhead"])
+    assert all(set(row["dense_ms"]) == {"own"} for row in result["records"]) == bool(result["config"]["notes"])
+    printed = capsys.readouterr().out
+    assert "| saved, asked |" in printed
+    assert "Profile of decode, 24 cached, batch 4" in printed
+    onnx_speed.main(["--print", str(out)])
+    table = next(line for line in printed.splitlines() if line.startswith("|         0.40 |"))
+    assert table in capsys.readouterr().out
+
+
+def test_precision_that_cannot_be_written_is_skipped(tmp_path, capsys, monkeypatch):
+    import onnx_speed
+
+    def refuse(*_):
+        raise NotImplementedError("not today")
+
+    monkeypatch.setattr(onnx_speed, "export", refuse)
+    onnx_speed.main(["--models", "tiny", "--precisions", "int4", "--threads", "1", "--work", str(tmp_path)])
+    assert "tiny, int4: skipped, not today" in capsys.readouterr().out
+
+
+def test_the_gpu_script_on_the_cpu(tmp_path, capsys):
+    import gpu
+
+    out = tmp_path / "gpu.json"
+    gpu.main(["--device", "cpu", "--models", "tiny", *POINTS, "--json", str(out)])
+    result = json.loads(out.read_text())
+    check_records(result, result["config"]["models"]["tiny"]["overhead"])
+    numerics = result["numerics"]
+    assert 0 < numerics["routed_logits_off"] < gpu.LOGITS_TOLERANCE  # fp16 was really fp16
+    assert numerics["routed_scores_off"] < numerics["margin"]
+    gpu.main(["--print", str(out)])
+    assert "| saved, asked |" in capsys.readouterr().out
+
+
+def test_the_gpu_script_notices_wrong_numbers(tmp_path, monkeypatch):
+    import gpu
+
+    monkeypatch.setattr(gpu, "LOGITS_TOLERANCE", 1e-9)
+    with pytest.raises(RuntimeError, match="logits are off"):
+        gpu.verify(tmp_path, "cpu")
