@@ -10,14 +10,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
-import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from . import experts, rope
 from .errors import UserError
-from .families import Family, family_of, head_dim
+from .families import UNITS, Family, experts_of, family_of, packed_rows, projection_sizes
+from .supported import require_supported
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 TOKENIZER_FILES = (
@@ -36,6 +38,20 @@ TOKENIZER_FILES = (
 Lora = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
+class Rounding(Protocol):
+    """Rounds weights to what a quantised format can hold."""
+
+    def __call__(self, weight: torch.Tensor, name: str | None) -> torch.Tensor:
+        """Returns a Linear's weight ``[out, in]`` as it comes back from the format, fp32.
+
+        Args:
+            name: stands for this very weight, which is therefore rounded once; None where it may change.
+        """
+
+    def facts(self) -> dict[str, Any]:
+        """Returns what decides the rounded weights, for metadata."""
+
+
 @dataclass
 class Checkpoint:
     """A local checkpoint folder, its headers checked.
@@ -46,6 +62,7 @@ class Checkpoint:
         config: the model's configuration.
         shards: tensor name -> file name.
         lora: low-rank changes that reading folds into the weights; see ``Routing.lora``.
+        rounding: what then quantises the units' projections, and gives them back as they are after it; None for none.
     """
 
     name: str
@@ -53,21 +70,23 @@ class Checkpoint:
     config: PretrainedConfig
     shards: dict[str, str] = field(repr=False)
     lora: Lora = field(default_factory=dict, repr=False)
+    rounding: Rounding | None = field(default=None, repr=False)
 
     @classmethod
     def open(cls, model: str) -> "Checkpoint":
         """Opens a local folder or a Hub id (downloaded to the Hub's cache).
 
         Raises:
-            UserError: not found, no safetensors weights, unknown family, damaged or missing shards.
+            UserError: not found, no safetensors weights, not supported, damaged or missing shards.
         """
         path = Path(model) if Path(model).is_dir() else _download(model)
         try:
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(_why_no_config(path, error)) from error
-        _read_rope_as_version_5(config)
-        family_of(config)
+        rope.read_as_version_5(config)
+        experts.read_as_version_5(config)
+        require_supported(config)
         checkpoint = cls(model, path, config, _shards(path))
         checkpoint._check_weights()
         return checkpoint
@@ -101,7 +120,8 @@ class Checkpoint:
         if name in self.lora:
             a, b = self.lora[name]
             tensor = (tensor.float() + b @ a).to(tensor.dtype)
-        return tensor if dtype is None else tensor.to(dtype)
+        dtype = dtype or tensor.dtype
+        return self._rounded(name, tensor).to(dtype)
 
     def read_layer(self, layer: int, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
         """Reads one decoder layer's tensors, by their names inside the layer."""
@@ -110,7 +130,45 @@ class Checkpoint:
 
     def with_lora(self, lora: Lora) -> "Checkpoint":
         """Returns the checkpoint with these changes folded into whatever is read."""
-        return replace(self, lora=lora)
+        return self._with(lora=lora)
+
+    def quantised(self, rounding: Rounding) -> "Checkpoint":
+        """Returns the checkpoint with the units' projections read as quantised and dequantised.
+
+        All else stays what it is: embedding, head, norms, biases, and the scores that choose experts. Low-rank changes are
+        folded in first.
+        """
+        return self._with(rounding=rounding)
+
+    def _with(self, **changes: Any) -> "Checkpoint":
+        """Returns a changed view; the files are the same, so what is known of them need not be found out again."""
+        view = replace(self, **changes)
+        known = ("weights_sha256", "weight_bytes", "stored_dtype", "tokenizer")
+        view.__dict__.update({name: self.__dict__[name] for name in known if name in self.__dict__})
+        return view
+
+    def _rounded(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if self.rounding is None or (parts := self._projections(name, tensor)) is None:
+            return tensor
+        known = name not in self.lora
+        rounded = [self.rounding(part, f"{name}.{index}" if known else None) for index, part in enumerate(parts)]
+        return (torch.stack(rounded) if tensor.ndim == 3 else torch.cat(rounded)).reshape(tensor.shape)
+
+    def _projections(self, name: str, tensor: torch.Tensor) -> list[torch.Tensor] | None:
+        """Returns the matrices ``[out, in]`` that a tensor of a unit holds, each a Linear's weight; None for another tensor."""
+        for unit in UNITS:
+            place = self.family.unit(unit)
+            inside = name.partition(f".{place.module}.")[2]
+            if not name.startswith(f"{self.family.layers}.") or not inside or tensor.ndim < 2:
+                continue
+            if place.experts is not None and inside == "gate.weight":
+                return None
+            if tensor.ndim == 3:  # a stack of experts
+                return list(tensor)
+            sizes = projection_sizes(self.config)
+            packed = place.packed.get(inside.removesuffix(".weight"))
+            return list(tensor.split([sizes[part][1] for part in packed])) if packed else [tensor]
+        return None
 
     def files(self, names: Iterable[str]) -> list[Path]:
         """Returns those of the named files that the folder has."""
@@ -133,8 +191,7 @@ class Checkpoint:
     @cached_property
     def stored_dtype(self) -> torch.dtype:
         """The precision of the weights as stored (of one projection, which stands for all)."""
-        unit = self.family.mlp
-        return self.read(f"{self.family.layers}.0.{unit.module}.{unit.skipped[0]}.weight").dtype
+        return self.read(f"{self.family.layers}.0.{self.family.attention.module}.o_proj.weight").dtype
 
     def _check_weights(self) -> None:
         """Opens every shard's header: a truncated download shows now, not hours into a calibration."""
@@ -147,14 +204,8 @@ class Checkpoint:
                 raise UserError(f"{self.path / shard} is damaged: {_one_line(error)}; download it again") from error
         if absent := sorted(set(self.shards) - set(shapes)):
             raise UserError(f"{self.path} names tensors its files do not hold, first '{absent[0]}'; download it again")
-        family, config = self.family, self.config
-        last = f"{family.layers}.{config.num_hidden_layers - 1}"
-        query = [config.num_attention_heads * head_dim(config), config.hidden_size]
-        for name, shape in {
-            f"{last}.{family.attention.module}.q_proj.weight": query,
-            f"{last}.{family.mlp.module}.up_proj.weight": [config.intermediate_size, config.hidden_size],
-            family.final_norm: [config.hidden_size],
-        }.items():
+        family = self.family
+        for name, shape in self._shapes_by_config().items():
             if shapes.get(name) != shape:
                 raise UserError(
                     f"{self.path}: tensor '{name}' is {shapes.get(name, 'absent')}; config.json says {shape}"
@@ -162,14 +213,25 @@ class Checkpoint:
         if not {family.embedding, family.head} & set(shapes):
             raise UserError(f"{self.path} has neither '{family.embedding}' nor '{family.head}'")
 
-
-def _read_rope_as_version_5(config: PretrainedConfig) -> None:
-    """transformers 4 overlooks the RoPE settings of a configuration that 5 wrote: puts them where it looks."""
-    parameters = getattr(config, "rope_parameters", None)
-    if transformers.__version__.startswith("4.") and parameters:
-        scaling = {name: value for name, value in parameters.items() if name != "rope_theta"}
-        config.rope_theta = parameters["rope_theta"]
-        config.rope_scaling = None if scaling.get("rope_type", "default") == "default" else scaling
+    def _shapes_by_config(self) -> dict[str, list[int]]:
+        """Returns what some tensors must be if configuration and weights belong together: of the last layer, and the end."""
+        family, config = self.family, self.config
+        last, sizes = f"{family.layers}.{config.num_hidden_layers - 1}", projection_sizes(config)
+        shapes = {family.final_norm: [config.hidden_size]}
+        mixture, checked = experts_of(config), {"attention": "q_proj", "mlp": "up_proj"}
+        if mixture is not None:
+            del checked["mlp"]
+            inside = f"{last}.{family.mlp.module}"
+            shapes[f"{inside}.gate.weight"] = [mixture.count, config.hidden_size]
+            if f"{inside}.{family.mlp.experts}.{experts.PACKED}" not in self.shards:
+                name = f"{inside}.{family.mlp.experts}.{mixture.count - 1}.up_proj.weight"
+                shapes[name] = [mixture.width, config.hidden_size]
+        for unit, projection in checked.items():
+            tensor, rows = packed_rows(config, unit, projection)
+            within = (projection,) if rows is None else family.unit(unit).packed[tensor]
+            outputs = sum(sizes[name][1] for name in within)
+            shapes[f"{last}.{family.unit(unit).module}.{tensor}.weight"] = [outputs, sizes[projection][0]]
+        return shapes
 
 
 def _download(model: str) -> Path:

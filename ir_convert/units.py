@@ -4,6 +4,9 @@ A pretrained unit (attention or MLP) does ``x <- x + unit(h)`` with ``h = norm(x
 
     x <- x + (unit(h) if score(h) > threshold else forecast(h))
 
+Here ``unit`` stands for all that is added to the stream: what comes after attention or MLP, a norm or a factor, belongs to it
+(families.py).
+
 - forecast(h) = U @ silu(D @ h + a) + b: a forecaster (LFF) of the unit's output through a bottleneck of width r, its rank.
 - score(h) = v @ silu(W @ h + b) + c: the log of what approximating this token here is expected to cost, per FLOP saved.
 
@@ -119,6 +122,12 @@ def units_from_tensors(tensors: dict[str, Tensor]) -> Units:
         layer, unit, rest = name.split(".", 2)
         grouped.setdefault((int(layer), unit), {})[rest] = tensor
     return {key: RoutedUnit.from_tensors(grouped[key]) for key in sorted(grouped)}
+
+
+def rms_normalised(x: Tensor, eps: float) -> Tensor:
+    """Returns x ``[..., hidden]`` divided by its root mean square, computed in fp32 or better: the RMS norm without weights."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 def merge(execute: Tensor, output: Tensor, forecast: Tensor) -> Tensor:

@@ -6,15 +6,23 @@ from pathlib import Path
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
+    Phi3Config,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
+    SmolLM3Config,
 )
 
 from ir_convert.checkpoint import Checkpoint
+from ir_convert.decoder import attention_kernel
 from ir_convert.families import UNITS
 from ir_convert.flops import Budget
 from ir_convert.routing import Curve, Routing
@@ -32,6 +40,22 @@ SIZES = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+# Frequencies below, between and above the two bounds that Llama 3 sets.
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+GEMMA = {
+    "head_dim": 16,
+    "query_pre_attn_scalar": 12,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "sliding_window": 7,
+    "final_logit_softcapping": 3.0,
+    "tie_word_embeddings": True,
+}
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**SIZES, tie_word_embeddings=True),
     "llama-bias": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True, head_dim=16),
@@ -39,21 +63,52 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "mistral-sliding": MistralConfig(**SIZES, sliding_window=7, head_dim=8),
     "qwen2": Qwen2Config(**SIZES),
     "qwen3": Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True),
+    "llama3": LlamaConfig(**SIZES, head_dim=16, rope_theta=5000.0, rope_scaling=LLAMA3_ROPE),
+    "gemma2": Gemma2Config(**SIZES, **GEMMA, attn_logit_softcapping=2.0),
+    "gemma3": Gemma3TextConfig(**SIZES, **GEMMA, rope_theta=5000.0, rope_local_base_freq=70.0),
+    "phi3": Phi3Config(**SIZES, sliding_window=9, partial_rotary_factor=0.5),
+    "phi3-long": Phi3Config(
+        **SIZES,
+        original_max_position_embeddings=128,
+        rope_scaling={"type": "longrope", "short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [1.0, 2.0, 4.0, 9.0]},
+    ),
+    "olmo2": Olmo2Config(**SIZES),
+    "smollm3": SmolLM3Config(**SIZES, no_rope_layers=[1, 0, 1], tie_word_embeddings=True),
+    "granite": GraniteConfig(
+        **SIZES,
+        embedding_multiplier=3.0,
+        attention_multiplier=0.2,
+        residual_multiplier=0.4,
+        logits_scaling=1.7,
+        tie_word_embeddings=True,
+    ),
+    "qwen3_moe": Qwen3MoeConfig(
+        **SIZES, head_dim=16, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=True
+    ),
 }
 
 
 def save_random(name: str, path: Path, seed: int = 0, max_shard_size: str = "5GB") -> PreTrainedModel:
     """Writes a random checkpoint of ``CONFIGS[name]``, every parameter away from its initial 0 or 1; returns the model."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32)
+    config = CONFIGS[name]
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention_kernel(config))
     with torch.no_grad():
-        for key, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.ndim == 1:
-                parameter.copy_(float(key.endswith("norm.weight")) + 0.2 * torch.randn_like(parameter))
+                # A norm's weight starts at 1, or at 0 where 1 is added to it; a bias at 0.
+                parameter.add_(0.2 * torch.randn_like(parameter))
             else:
-                parameter.copy_(torch.randn_like(parameter) * 1.5 / math.sqrt(parameter.shape[1]))
+                parameter.copy_(torch.randn_like(parameter) * 1.5 / math.sqrt(parameter.shape[-1]))
     model.save_pretrained(path, max_shard_size=max_shard_size)
     return model.eval()
+
+
+def make_random(name: str, path: Path) -> tuple[str, PreTrainedModel, Checkpoint, Routing]:
+    """Writes a random checkpoint of ``CONFIGS[name]``; returns the name, the model, the checkpoint and a routing for it."""
+    model = save_random(name, path)
+    checkpoint = Checkpoint.open(str(path))
+    return name, model, checkpoint, random_routing(checkpoint)
 
 
 def random_routing(

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from ir_convert.checkpoint import Checkpoint
+from ir_convert.decoder import attention_kernel
 from ir_convert.routing import Routing
 
 
@@ -38,7 +39,7 @@ with model.hold_sparsity(0.2):  # moves the threshold, where the text drifts fro
     model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=2000)
 ```
 
-{_figures(routing)}It runs with transformers 4.57 and 5, `attn_implementation` `sdpa` or `eager`.
+{_figures(routing)}It runs with transformers 4.57 and 5, `attn_implementation` {_kernels(checkpoint)}.
 
 | sparsity | threshold |
 |---|---|
@@ -51,6 +52,10 @@ Measured on held-out text at calibration. `routing.safetensors` holds the calibr
 def hub_id(name: str) -> str | None:
     """Returns the name where it is a Hub id; a local folder is nobody else's business."""
     return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists() else None
+
+
+def _kernels(checkpoint: Checkpoint) -> str:
+    return " or ".join(f"`{name}`" for name in dict.fromkeys([attention_kernel(checkpoint.config), "eager"]))
 
 
 def _figures(routing: Routing) -> str:

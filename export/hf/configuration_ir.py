@@ -6,10 +6,22 @@ A model type of our own makes transformers ask for ``trust_remote_code`` instead
 from typing import Any
 
 import numpy as np
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    SmolLM3Config,
+)
 
 # Transformers tells modeling code apart by the source of *this* file: it has to change whenever the others do.
-MODELING_SHA256 = "2c596e931aa6"
+MODELING_SHA256 = "ffda6c4ba50c"
 
 
 class InformedRouting:
@@ -57,15 +69,24 @@ class InformedRouting:
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        return super().from_dict(_rope_as_read_here(config_dict), **kwargs)  # type: ignore[misc]
+        return super().from_dict(_experts_as_read_here(_rope_as_read_here(config_dict)), **kwargs)  # type: ignore[misc]
 
 
 def rope_of_version_4(parameters: dict[str, Any]) -> dict[str, Any]:
     """Returns transformers 5's ``rope_parameters`` in the spelling of transformers 4."""
-    theta = {name: value for name, value in parameters.items() if name == "rope_theta"}
-    scaling = {name: value for name, value in parameters.items() if name != "rope_theta"}
-    plain = scaling.get("rope_type", "default") == "default"
-    return theta if plain else {**theta, "rope_scaling": scaling}
+    if "full_attention" in parameters:  # Gemma 3: local layers have a base of their own
+        local = parameters["sliding_attention"]["rope_theta"]
+        return rope_of_version_4(parameters["full_attention"]) | {"rope_local_base_freq": local}
+    beside: dict[str, Any] = {
+        name: parameters[name] for name in ("rope_theta", "partial_rotary_factor") if name in parameters
+    }
+    scaling = {name: value for name, value in parameters.items() if name not in beside}
+    kind = scaling.get("rope_type", "default")
+    if kind == "default":
+        return beside
+    if kind == "longrope":  # Phi 3 alone, and it takes just these
+        scaling = {"type": kind} | {name: scaling[name] for name in ("short_factor", "long_factor")}
+    return beside | {"rope_scaling": scaling}
 
 
 def _rope_as_read_here(values: dict[str, Any]) -> dict[str, Any]:
@@ -73,10 +94,19 @@ def _rope_as_read_here(values: dict[str, Any]) -> dict[str, Any]:
     parameters = values.get("rope_parameters")
     if not parameters:
         return values
-    others = {name: values[name] for name in values if name not in ("rope_parameters", "rope_theta", "rope_scaling")}
+    spellings = ("rope_parameters", "rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor")
+    others = {name: values[name] for name in values if name not in spellings}
     if hasattr(LlamaConfig, "rope_parameters"):
         return {**others, "rope_parameters": parameters}
     return {**others, **rope_of_version_4(parameters)}
+
+
+def _experts_as_read_here(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns a configuration with the number of experts under the name that either transformers reads."""
+    if "num_local_experts" not in values:
+        return values
+    others = {name: value for name, value in values.items() if name != "num_local_experts"}
+    return {"num_experts": values["num_local_experts"], **others}
 
 
 class IRLlamaConfig(InformedRouting, LlamaConfig):
@@ -95,5 +125,45 @@ class IRQwen3Config(InformedRouting, Qwen3Config):
     model_type = "ir_qwen3"
 
 
-for _config in (IRLlamaConfig, IRMistralConfig, IRQwen2Config, IRQwen3Config):
+class IRGemma2Config(InformedRouting, Gemma2Config):
+    model_type = "ir_gemma2"
+
+
+class IRGemma3TextConfig(InformedRouting, Gemma3TextConfig):
+    model_type = "ir_gemma3_text"
+
+
+class IRPhi3Config(InformedRouting, Phi3Config):
+    model_type = "ir_phi3"
+
+
+class IROlmo2Config(InformedRouting, Olmo2Config):
+    model_type = "ir_olmo2"
+
+
+class IRSmolLM3Config(InformedRouting, SmolLM3Config):
+    model_type = "ir_smollm3"
+
+
+class IRGraniteConfig(InformedRouting, GraniteConfig):
+    model_type = "ir_granite"
+
+
+class IRQwen3MoeConfig(InformedRouting, Qwen3MoeConfig):
+    model_type = "ir_qwen3_moe"
+
+
+for _config in (
+    IRLlamaConfig,
+    IRMistralConfig,
+    IRQwen2Config,
+    IRQwen3Config,
+    IRGemma2Config,
+    IRGemma3TextConfig,
+    IRPhi3Config,
+    IROlmo2Config,
+    IRSmolLM3Config,
+    IRGraniteConfig,
+    IRQwen3MoeConfig,
+):
     _config.register_for_auto_class()  # save_pretrained copies this file

@@ -8,12 +8,9 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ir_convert.errors import UserError
 
-from .modeling_ir import IRLlamaForCausalLM, IRMistralForCausalLM, IRQwen2ForCausalLM, IRQwen3ForCausalLM
+from . import modeling_ir
 
-MODELS = {
-    model.config_class.model_type: model
-    for model in (IRLlamaForCausalLM, IRMistralForCausalLM, IRQwen2ForCausalLM, IRQwen3ForCausalLM)
-}
+MODELS = {model.config_class.model_type: model for model in modeling_ir.MODELS}
 
 
 def load(folder: str | Path, **kwargs: Any) -> PreTrainedModel:

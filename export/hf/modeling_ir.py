@@ -10,145 +10,41 @@ tokens only. A unit that is not routed is the base model's own. ``model.set_spar
 model is the dense one. Decisions are deterministic.
 """
 
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
-
+from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention, Gemma2ForCausalLM, Gemma2MLP, Gemma2RMSNorm
+from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention, Gemma3ForCausalLM, Gemma3MLP, Gemma3RMSNorm
+from transformers.models.granite.modeling_granite import GraniteAttention, GraniteForCausalLM, GraniteMLP
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaForCausalLM, LlamaMLP
 from transformers.models.mistral.modeling_mistral import MistralAttention, MistralForCausalLM, MistralMLP
+from transformers.models.olmo2.modeling_olmo2 import Olmo2Attention, Olmo2ForCausalLM, Olmo2MLP, Olmo2RMSNorm
+from transformers.models.phi3.modeling_phi3 import Phi3Attention, Phi3ForCausalLM, Phi3MLP
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2ForCausalLM, Qwen2MLP
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3ForCausalLM, Qwen3MLP
+from transformers.models.qwen3_moe.modeling_qwen3_moe import (
+    Qwen3MoeAttention,
+    Qwen3MoeForCausalLM,
+    Qwen3MoeSparseMoeBlock,
+)
+from transformers.models.smollm3.modeling_smollm3 import SmolLM3Attention, SmolLM3ForCausalLM, SmolLM3MLP
 
-from .configuration_ir import IRLlamaConfig, IRMistralConfig, IRQwen2Config, IRQwen3Config
-from .control_ir import GAIN, SparsityControl
-from .routed_ir import Count, RoutedAttention, RoutedMLP, RoutedUnit, flops
-
-# A layer's units, by the name of their module.
-UNITS = {"self_attn": "attention", "mlp": "mlp"}
-
-
-@dataclass
-class RoutingStatistics:
-    """What every routed unit did while observed; padding counts like any token.
-
-    Attributes:
-        counts: by (layer, ``attention`` or ``mlp``).
-    """
-
-    counts: dict[tuple[int, str], Count]
-    _units: dict[tuple[int, str], RoutedUnit] = field(repr=False)
-    _layers: Any = field(repr=False)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that went through the model."""
-        return max((count.tokens for count in self.counts.values()), default=0)
-
-    @property
-    def decisions(self) -> float:
-        """The share of decisions that approximated; units that are not routed always execute."""
-        approximated = sum(count.tokens - count.executed for count in self.counts.values())
-        return approximated / max(self.tokens * len(UNITS) * len(self._layers), 1)
-
-    @property
-    def sparsity(self) -> float:
-        """The share of the layers' linear FLOPs saved, forecaster and router cost subtracted."""
-        dense = sum(
-            flops(layer.self_attn, *RoutedAttention.projections) + flops(layer.mlp, *RoutedMLP.projections)
-            for layer in self._layers
-        )
-        saved = sum(
-            (count.tokens - count.executed) * self._units[key].saved - count.routed * self._units[key].overhead
-            for key, count in self.counts.items()
-        )
-        return saved / max(self.tokens * dense, 1)
-
-    def clear(self) -> None:
-        """Counts from zero again."""
-        for count in self.counts.values():
-            count.tokens = count.executed = count.routed = 0
-
-
-class InformedRouting:
-    """Mixed in before a family's causal language model."""
-
-    attention: type[RoutedAttention]
-    mlp: type[RoutedMLP]
-    config: Any
-    model: Any
-    post_init: Any
-    register_forward_hook: Any
-    # Other attention kernels take no rows of a mask, and which tokens execute is data: nothing to compile whole.
-    _supports_flash_attn = False
-    _supports_flex_attn = False
-    _supports_attention_backend = False
-    _can_compile_fullgraph = False
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)  # type: ignore[call-arg]
-        for index, layer in enumerate(self.model.layers):
-            if config.routing_shape(index, "attention"):
-                layer.self_attn = self.attention(config, index)
-            if config.routing_shape(index, "mlp"):
-                layer.mlp = self.mlp(config, index)
-        self._keep_in_fp32_modules_strict: Any = {"score"}
-        self.post_init()
-
-    def set_sparsity(self, sparsity: float) -> None:
-        """Saves this share of the FLOPs from now on; 0 is the dense model. Kept by ``save_pretrained``.
-
-        Raises:
-            ValueError: negative, or more than the routing reaches.
-        """
-        self.config.set_sparsity(sparsity)
-
-    @contextmanager
-    def routing_statistics(self) -> Iterator[RoutingStatistics]:
-        """Counts decisions inside a ``with`` block: ``with model.routing_statistics() as seen: ...; seen.sparsity``."""
-        units = {
-            (index, unit): getattr(layer, module)
-            for index, layer in enumerate(self.model.layers)
-            for module, unit in UNITS.items()
-            if isinstance(getattr(layer, module), RoutedUnit)
-        }
-        statistics = RoutingStatistics({key: Count() for key in units}, units, self.model.layers)
-        for key, unit in units.items():
-            unit.counts.append(statistics.counts[key])
-        try:
-            yield statistics
-        finally:
-            for key, unit in units.items():
-                unit.counts = [count for count in unit.counts if count is not statistics.counts[key]]
-
-    @contextmanager
-    def hold_sparsity(self, sparsity: float, gain: float = GAIN) -> Iterator[SparsityControl]:
-        """Inside a ``with`` block, moves the threshold as text drifts, so that what is saved stays at ``sparsity``.
-
-        Args:
-            sparsity: the share of FLOPs to save.
-            gain: how far the threshold moves for each unit of sparsity missed over 256 tokens.
-
-        Raises:
-            ValueError: negative, or more than the routing reaches.
-        """
-        before = self.config.sparsity, self.config.routing_threshold
-        self.set_sparsity(sparsity)
-        control = SparsityControl(sparsity, float(self.config.routing_threshold), gain)
-        with self.routing_statistics() as seen:
-
-            def move(*_: Any) -> None:
-                threshold = control.observe(seen.sparsity, seen.tokens)
-                self.config.routing_threshold = threshold if math.isfinite(threshold) else str(threshold)
-                seen.clear()
-
-            hook = self.register_forward_hook(move)
-            try:
-                yield control
-            finally:
-                hook.remove()
-                self.config.sparsity, self.config.routing_threshold = before
+from .attention_ir import RoutedAttention, RoutedPackedAttention
+from .configuration_ir import (
+    IRGemma2Config,
+    IRGemma3TextConfig,
+    IRGraniteConfig,
+    IRLlamaConfig,
+    IRMistralConfig,
+    IROlmo2Config,
+    IRPhi3Config,
+    IRQwen2Config,
+    IRQwen3Config,
+    IRQwen3MoeConfig,
+    IRSmolLM3Config,
+)
+from .control_ir import (
+    SparsityControl as SparsityControl,
+)  # version 4 of transformers copies just what this file imports
+from .informed_ir import InformedRouting
+from .routed_ir import PostNorm, RoutedExperts, RoutedMLP
 
 
 class IRLlamaAttention(RoutedAttention, LlamaAttention): ...  # type: ignore[misc]
@@ -195,5 +91,126 @@ class IRQwen3ForCausalLM(InformedRouting, Qwen3ForCausalLM):
     attention, mlp = IRQwen3Attention, IRQwen3MLP
 
 
-for _model in (IRLlamaForCausalLM, IRMistralForCausalLM, IRQwen2ForCausalLM, IRQwen3ForCausalLM):
+class IRGemma2Attention(RoutedAttention, Gemma2Attention):  # type: ignore[misc]
+    @property
+    def softcap(self) -> float | None:  # type: ignore[override]
+        return self.config.attn_logit_softcapping
+
+
+class IRGemma2MLP(RoutedMLP, Gemma2MLP): ...
+
+
+class IRGemma2RMSNorm(PostNorm, Gemma2RMSNorm): ...
+
+
+class IRGemma2ForCausalLM(InformedRouting, Gemma2ForCausalLM):
+    config_class = IRGemma2Config
+    attention, mlp = IRGemma2Attention, IRGemma2MLP
+    post_norm = IRGemma2RMSNorm
+    _supports_sdpa = False  # it has no soft cap, and drops it in silence
+
+
+class IRGemma3Attention(RoutedAttention, Gemma3Attention): ...  # type: ignore[misc]
+
+
+class IRGemma3MLP(RoutedMLP, Gemma3MLP): ...
+
+
+class IRGemma3RMSNorm(PostNorm, Gemma3RMSNorm): ...
+
+
+class IRGemma3ForCausalLM(InformedRouting, Gemma3ForCausalLM):
+    config_class = IRGemma3TextConfig
+    attention, mlp = IRGemma3Attention, IRGemma3MLP
+    post_norm = IRGemma3RMSNorm
+
+
+class IRPhi3Attention(RoutedPackedAttention, Phi3Attention): ...  # type: ignore[misc]
+
+
+class IRPhi3MLP(RoutedMLP, Phi3MLP): ...
+
+
+class IRPhi3ForCausalLM(InformedRouting, Phi3ForCausalLM):
+    config_class = IRPhi3Config
+    attention, mlp = IRPhi3Attention, IRPhi3MLP
+
+
+class IROlmo2Attention(RoutedAttention, Olmo2Attention):
+    normed, whole_norm = False, True
+
+
+class IROlmo2MLP(RoutedMLP, Olmo2MLP):
+    normed = False
+
+
+class IROlmo2RMSNorm(PostNorm, Olmo2RMSNorm): ...
+
+
+class IROlmo2ForCausalLM(InformedRouting, Olmo2ForCausalLM):
+    config_class = IROlmo2Config
+    attention, mlp = IROlmo2Attention, IROlmo2MLP
+    post_norm = IROlmo2RMSNorm
+
+
+class IRSmolLM3Attention(RoutedAttention, SmolLM3Attention): ...
+
+
+class IRSmolLM3MLP(RoutedMLP, SmolLM3MLP): ...
+
+
+class IRSmolLM3ForCausalLM(InformedRouting, SmolLM3ForCausalLM):
+    config_class = IRSmolLM3Config
+    attention, mlp = IRSmolLM3Attention, IRSmolLM3MLP
+
+
+class IRGraniteAttention(RoutedAttention, GraniteAttention): ...  # type: ignore[misc]
+
+
+class IRGraniteMLP(RoutedMLP, GraniteMLP): ...
+
+
+class IRGraniteForCausalLM(InformedRouting, GraniteForCausalLM):
+    config_class = IRGraniteConfig
+    attention, mlp = IRGraniteAttention, IRGraniteMLP
+
+
+class IRQwen3MoeAttention(RoutedAttention, Qwen3MoeAttention): ...
+
+
+class IRQwen3MoeMLP(RoutedExperts, Qwen3MoeSparseMoeBlock): ...
+
+
+class IRQwen3MoeForCausalLM(InformedRouting, Qwen3MoeForCausalLM):
+    config_class = IRQwen3MoeConfig
+    attention, mlp = IRQwen3MoeAttention, IRQwen3MoeMLP
+
+
+MODELS = (
+    IRLlamaForCausalLM,
+    IRMistralForCausalLM,
+    IRQwen2ForCausalLM,
+    IRQwen3ForCausalLM,
+    IRGemma2ForCausalLM,
+    IRGemma3ForCausalLM,
+    IRPhi3ForCausalLM,
+    IROlmo2ForCausalLM,
+    IRSmolLM3ForCausalLM,
+    IRGraniteForCausalLM,
+    IRQwen3MoeForCausalLM,
+)
+for _model in MODELS:
     _model.register_for_auto_class("AutoModelForCausalLM")  # save_pretrained copies this file
+
+try:
+    # Version 5 of transformers has all experts in one tensor, and puts a checkpoint's together by the model type.
+    from transformers.conversion_mapping import (
+        get_checkpoint_conversion_mapping,
+        register_checkpoint_conversion_mapping,
+    )
+except ImportError:
+    pass
+else:
+    register_checkpoint_conversion_mapping(
+        IRQwen3MoeConfig.model_type, get_checkpoint_conversion_mapping("qwen3_moe"), overwrite=True
+    )

@@ -13,6 +13,7 @@ from ir_convert import __version__
 from ir_convert.checkpoint import INDEX, SINGLE, TOKENIZER_FILES, Checkpoint
 from ir_convert.families import UNITS
 from ir_convert.files import sync
+from ir_convert.rope import all_rope_parameters
 from ir_convert.routing import Routing
 from ir_convert.units import RoutedUnit
 
@@ -20,7 +21,8 @@ from .card import model_card
 from .configuration_ir import rope_of_version_4
 from .loader import MODELS
 
-CODE = ("configuration_ir.py", "modeling_ir.py", "routed_ir.py", "control_ir.py")
+CODE = ("configuration_ir.py", "modeling_ir.py", "informed_ir.py", "attention_ir.py", "routed_ir.py", "control_ir.py")
+ROPE = ("rope_parameters", "rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor")
 SHARD_BYTES = 2 * 10**9
 
 # Names in a RoutedUnit (units.py) and in the module of the checkpoint (routed_ir.py).
@@ -72,7 +74,7 @@ def write(
 def _config(checkpoint: Checkpoint, routing: Routing, dtype: torch.dtype) -> dict[str, Any]:
     """Returns the base's configuration as its author wrote it, the routing added."""
     values = json.loads((checkpoint.path / "config.json").read_text("utf-8"))
-    for name in ("_name_or_path", "torch_dtype", "rope_parameters", "rope_theta", "rope_scaling"):
+    for name in ("_name_or_path", "torch_dtype", *ROPE):
         values.pop(name, None)
     model = MODELS[f"ir_{checkpoint.config.model_type}"]
     configuration = model.config_class
@@ -103,11 +105,7 @@ def _config(checkpoint: Checkpoint, routing: Routing, dtype: torch.dtype) -> dic
 
 def _rope(checkpoint: Checkpoint) -> dict[str, Any]:
     """Returns RoPE's parameters in the spelling of transformers 5 and in that of 4."""
-    config = checkpoint.config.to_dict()
-    parameters = config.get("rope_parameters")
-    if not parameters:
-        scaling = config.get("rope_scaling") or {"rope_type": "default"}
-        parameters = {"rope_theta": config["rope_theta"], **scaling}
+    parameters = all_rope_parameters(checkpoint.config)
     return {"rope_parameters": parameters, **rope_of_version_4(parameters)}
 
 

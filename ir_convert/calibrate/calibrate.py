@@ -37,7 +37,7 @@ def calibrate(
     """Calibrates forecasters, routers and the sparsity -> threshold curve.
 
     Args:
-        checkpoint: the base model.
+        checkpoint: the base model; a quantised view of it calibrates for a quantised model.
         blocks: calibration text.
         options: what to do; the defaults are the tables' best for the time it takes.
         device: where to compute.
@@ -76,6 +76,8 @@ def calibrate(
         "curve_standard_error": _errors(curve, meter),
         **_figures(measured, blocks, options, fitted),
     }
+    if checkpoint.rounding is not None:
+        metadata["quantised_units"] = checkpoint.rounding.facts()
     return Routing(fitted.units, curve, metadata, fitted.lora)
 
 

@@ -69,7 +69,7 @@ def run_forward(decoder: Decoder, ids: Tensor, work: Work, report: Reporter) -> 
         for rows in chunks(*ids.shape):
             x = source[rows].to(decoder.device)
             for unit in UNITS:
-                x = x + layer.run(unit, layer.norm(unit, x))
+                x = x + layer.contribution(unit, x)
                 require_finite(x, index, unit, rows)
             target[rows] = x.cpu()
         return {"done": torch.ones(1)}
@@ -116,7 +116,7 @@ def run_backward(
             inputs, outputs, stream = {}, {}, x
             for unit in UNITS:
                 inputs[unit] = layer.norm(unit, stream)
-                outputs[unit] = layer.run(unit, inputs[unit])
+                outputs[unit] = layer.contribution(unit, stream)
                 stream = stream + outputs[unit]
             gradient = source[rows].to(decoder.device)
             at_x = torch.empty_like(gradient)

@@ -7,7 +7,7 @@ import torch
 
 from ..checkpoint import Checkpoint
 from ..data import Blocks
-from ..families import projection_sizes
+from ..families import layer_parameters, projection_sizes
 from .dense import PROBES
 from .forecaster import BATCH as FORECASTER_BATCH
 from .options import Options
@@ -18,6 +18,7 @@ from .router import STEPS as ROUTER_STEPS
 # Passes over the model that a token of each part makes: forward 1, backward 1 + 2 for each probe, refit 1; the thresholds of
 # both measurements; dense and routed.
 FIT_PASSES, THRESHOLD_PASSES, TEST_PASSES = 3 + 2 * PROBES, 20, 2
+QUANTISED_BYTES = 0.7  # of an int4 weight: 4 bits, and its share of a block's fp32 scale and zero point
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Estimate:
 
     Attributes:
         memory: bytes that are resident at the peak, on the device and the host together.
-        disk: bytes of hidden states in the work folder.
+        disk: bytes of hidden states, and of quantised weights if it runs on them, in the work folder.
         seconds: of the local recipe; None for the others, which depend on their steps.
     """
 
@@ -49,7 +50,7 @@ def estimate(
     config, sizes = checkpoint.config, projection_sizes(checkpoint.config)
     d, layers, units = config.hidden_size, config.num_hidden_layers, len(options.units)
     fit, threshold, test = (getattr(blocks, part).numel() // processes for part in ("fit", "threshold", "test"))
-    layer = sum(inputs * outputs for inputs, outputs in sizes.values())
+    layer, stored = sum(inputs * outputs for inputs, outputs in sizes.values()), layer_parameters(config)
     head = config.vocab_size * d
 
     tokens = FIT_PASSES * fit + THRESHOLD_PASSES * threshold + TEST_PASSES * test
@@ -60,15 +61,16 @@ def estimate(
     flops += 2 * head * (fit * (1 + 2 * PROBES) + 2 * test)
 
     tall = 4 * fit * d * units * (2 + PROBES)  # inputs, outputs and gradients of one layer's units
-    small = 16 * d * d * units + 4 * 2 * layer  # statistics; weights, twice while they are read
+    small = 16 * d * d * units + 4 * 2 * stored  # statistics; weights, twice while they are read
     memory = 5 * 10**8 + max(tall + small, 4 * head + tall // 4)
     if options.recipe != "local" or options.polish:
-        memory += 4 * (layers * layer + 2 * head) * 2
+        memory += 4 * (layers * stored + 2 * head) * 2
     states = 4 * d * max(fit * (layers + 1 + 2 * PROBES), threshold * THRESHOLD_PASSES * 2)
     seconds = (
         flops / _speed(d, sizes["up_proj"][1], device) if options.recipe == "local" and not options.polish else None
     )
-    return Estimate(memory, states, seconds)
+    kept = 0 if checkpoint.rounding is None else int(QUANTISED_BYTES * layers * stored)
+    return Estimate(memory, states + kept, seconds)
 
 
 def _speed(inner: int, outer: int, device: torch.device) -> float:

@@ -59,7 +59,7 @@ def refit(
                     else torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
                 )
                 strict = routed and unit == "attention" and options.kv_cache == "strict"
-                y = layer.run(unit, h, execute if strict else None)
+                y = layer.contribution(unit, x, execute if strict else None)
                 require_finite(y, index, unit, rows)
                 if routed:
                     weights.append(torch.where(execute, EXECUTED_WEIGHT, 1.0).flatten())

@@ -83,7 +83,7 @@ def routed_unit(
     """Runs one unit on ``x[batch, sequence, hidden]``; returns x + its output, and where it executed, if it is routed."""
     h = layer.norm(unit, x)
     if routed is None:
-        return x + layer.run(unit, h), None
+        return x + layer.contribution(unit, x), None
     execute = routed.execute(h, threshold)
-    output = layer.run(unit, h, execute if kv_cache == "strict" and unit == "attention" else None)
+    output = layer.contribution(unit, x, execute if kv_cache == "strict" and unit == "attention" else None)
     return x + merge(execute, output, routed.forecaster(h)), execute

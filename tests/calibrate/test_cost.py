@@ -41,7 +41,7 @@ def moved(decoder: Decoder, ids: torch.Tensor, key: tuple[int, str], shift: torc
     x = decoder.embed(ids)
     for index, layer in decoder.layers():
         for unit in UNITS:
-            x = x + layer.run(unit, layer.norm(unit, x)) + (shift if (index, unit) == key else 0)
+            x = x + layer.contribution(unit, x) + (shift if (index, unit) == key else 0)
     return decoder.head()(x).double()[:, :-1]  # the last position has no target
 
 
@@ -52,7 +52,7 @@ def error_of(decoder: Decoder, ids: torch.Tensor, key: tuple[int, str], forecast
     for index, layer in decoder.layers():
         for unit in UNITS:
             h = layer.norm(unit, x)
-            y = layer.run(unit, h)
+            y = layer.contribution(unit, x)
             if (index, unit) == key:
                 return forecaster(h.float()).double() - y
             x = x + y

@@ -35,9 +35,21 @@ def checkpoint(tmp_path_factory) -> Checkpoint:
     return Checkpoint.open(str(path))
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_recipe(name, checkpoint, tmp_path, monkeypatch):
+CASES = [(recipe, "llama") for recipe in RECIPES] + [
+    *(
+        ("local", family)
+        for family in ("llama3", "gemma2", "gemma3", "phi3", "olmo2", "smollm3", "granite", "qwen3_moe")
+    ),
+    *(("lora", family) for family in ("phi3", "qwen3_moe")),
+    *(("polish-strict", family) for family in ("gemma2", "olmo2", "granite")),
+]
+
+
+@pytest.mark.parametrize(("name", "family"), CASES)
+def test_recipe(name, family, tmp_path, monkeypatch):
     shorten(monkeypatch)
+    save_random(family, tmp_path / "model")
+    checkpoint = Checkpoint.open(str(tmp_path / "model"))
     options = replace(RECIPES[name], sparsity=0.2, rank=3, router_width=4)
     made = calibrate(checkpoint, random_blocks(), options, work=Work(tmp_path / "work"))
     made.save(tmp_path / "r.safetensors")

@@ -31,10 +31,10 @@ def met(decoder, units, ids, kv_cache):
         for unit in UNITS:
             h, routed = layer.norm(unit, x), units.get((index, unit))
             if routed is None:
-                x = x + layer.run(unit, h)
+                x = x + layer.contribution(unit, x)
                 continue
             execute = routed.router(h) > THRESHOLD
-            y = layer.run(unit, h, execute if unit == "attention" and kv_cache == "strict" else None)
+            y = layer.contribution(unit, x, execute if unit == "attention" and kv_cache == "strict" else None)
             yield (index, unit), h, y, execute
             x = x + torch.where(execute[..., None], y, routed.forecaster(h))
 

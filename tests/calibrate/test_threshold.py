@@ -49,7 +49,7 @@ def dense_scores(decoder, units, ids):
             h = layer.norm(unit, x)
             if (index, unit) in units:
                 scores[index, unit] = units[index, unit].router(h).flatten()
-            x = x + layer.run(unit, h)
+            x = x + layer.contribution(unit, x)
     return scores
 
 

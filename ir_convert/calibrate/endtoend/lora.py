@@ -64,9 +64,12 @@ class Adapters:
             place = self._family.unit(unit)
             module = getattr(layer, place.module)
             module = getattr(module, "inner", module)  # inside the routed unit, where the unit is routed
-            for name in (*place.skipped, *place.kept):
-                if name in self._projections:
-                    adapted = Adapted(getattr(module, name), self._rank, self._scale, self._generator)
+            packed = {part: tensor for tensor, parts in place.packed.items() for part in parts}
+            # Projections in one tensor change together. Experts stay as they are.
+            names = {packed.get(name, name) for name in self._projections if name in (*place.skipped, *place.kept)}
+            for name, linear in list(module.named_children()):
+                if name in names and isinstance(linear, nn.Linear):
+                    adapted = Adapted(linear, self._rank, self._scale, self._generator)
                     setattr(module, name, adapted)
                     self.modules[f"{self._family.layers}.{index}.{place.module}.{name}.weight"] = adapted
 

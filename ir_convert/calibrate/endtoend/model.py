@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import PretrainedConfig
 
 from ...checkpoint import Checkpoint
-from ...decoder import causal_mask
-from ...families import UNITS, sliding_windows
+from ...decoder import additive, attention_kernel, causal_mask, load_layer, skeleton
+from ...families import UNITS, family_of, sliding_windows
 from ...flops import Key
-from ...units import Forecaster, RoutedUnit, Router, Units
+from ...units import Forecaster, RoutedUnit, Router, Units, rms_normalised
 from .gates import Gates
 
 
@@ -51,22 +51,42 @@ class _Pass:
 
 
 class _RoutedModule(nn.Module):
-    """Stands in a decoder layer where the unit's own module stood, and routes it."""
+    """Puts itself in a decoder layer where the unit's own module stood, and routes it.
 
-    def __init__(self, key: Key, inner: nn.Module, routing: Routing, now: _Pass) -> None:
+    The unit's post norm is taken into it, for a forecast is added to the stream as it is; the layer's residual multiplier,
+    which still follows, is divided out of forecasts.
+    """
+
+    def __init__(self, key: Key, layer: nn.Module, config: PretrainedConfig, routing: Routing, now: _Pass) -> None:
         super().__init__()
-        self._key, self.inner, self.routing, self._now = key, inner, routing, now
+        family = family_of(config)
+        places = family.unit(key[1])
+        self._key, self.routing, self._now = key, routing, now
+        self.inner = getattr(layer, places.module)
+        self._multiplier = family.residual_multiplier(config)
+        self._bare_eps = config.rms_norm_eps if places.norm is None else None
+        self._post_norm: nn.Module | None = None
+        if places.post_norm is not None:
+            self._post_norm = getattr(layer, places.post_norm)
+            setattr(layer, places.post_norm, nn.Identity())
+        setattr(layer, places.module, self)
 
-    def _route(self, h: Tensor, run: Callable[[Tensor | None], Tensor]) -> Tensor:
-        """Returns the routed output for ``h[batch, sequence, hidden]``; ``run`` takes the gates and runs the unit."""
+    def _route(self, seen: Tensor, run: Callable[[Tensor | None], Tensor]) -> Tensor:
+        """Returns the routed output for what the unit sees ``[batch, sequence, hidden]``; ``run`` takes the gates and runs it."""
         now, gates = self._now, self._now.gates
+        h = seen if self._bare_eps is None else rms_normalised(seen, self._bare_eps)
+
+        def finished(gate: Tensor | None) -> Tensor:
+            output = run(gate)
+            return output if self._post_norm is None else self._post_norm(output)
+
         if now.observer is not None:
-            output = run(None)
+            output = finished(None)
             with torch.enable_grad():
-                now.observer(self.routing.unit(), h.detach().float(), output.detach().float())
+                now.observer(self.routing.unit(), h.detach().float(), output.detach().float() * self._multiplier)
             return output
         if gates.rule == "dense":
-            return run(None)
+            return finished(None)
         routed, source = self.routing.unit(), h.float()
         score = routed.router(source if gates.into_stream else source.detach())
         gate = gates.decide(score, now.noise.get(self._key))
@@ -74,20 +94,27 @@ class _RoutedModule(nn.Module):
         if now.taken is not None:
             now.taken[self._key] = gate
         execute = gate.unsqueeze(-1).to(h.dtype)
-        return execute * run(gate) + (1 - execute) * routed.forecaster(source).to(h.dtype)
+        forecast = (routed.forecaster(source) / self._multiplier).to(h.dtype)
+        return execute * finished(gate) + (1 - execute) * forecast
 
 
 class _RoutedMLP(_RoutedModule):
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self._route(hidden_states, lambda _: self.inner(hidden_states))
+        def run(_: Tensor | None) -> Tensor:
+            output = self.inner(hidden_states)
+            return output[0] if isinstance(output, tuple) else output  # see Layer
+
+        return self._route(hidden_states, run)
 
 
 class _RoutedAttention(_RoutedModule):
     def __init__(
-        self, key: Key, inner: nn.Module, routing: Routing, now: _Pass, strict: bool, window: int | None
+        self, key: Key, layer: nn.Module, config: PretrainedConfig, routing: Routing, now: _Pass, strict: bool
     ) -> None:
-        super().__init__(key, inner, routing, now)
-        self._strict, self._window = strict, window
+        super().__init__(key, layer, config, routing, now)
+        self._strict, self._window = strict, sliding_windows(config)[key[0]]
+        self._eager = attention_kernel(config) == "eager"
+        self.is_sliding = getattr(self.inner, "is_sliding", False)  # Gemma 3's layers ask in transformers 4
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **others: Any
@@ -98,6 +125,7 @@ class _RoutedAttention(_RoutedModule):
             if strict and gate is not None:
                 visible = gate.detach() > 0
                 mask = causal_mask(visible.shape[1], self._window, visible, visible.device)
+                mask = additive(mask, hidden_states.dtype) if self._eager else mask
             return self.inner(hidden_states=hidden_states, attention_mask=mask, **others)[0]
 
         return self._route(hidden_states, run), None
@@ -139,25 +167,16 @@ class RoutedModel(nn.Module):
         super().__init__()
         self.device = torch.device(device)
         self._now, self._routings = _Pass(), {key: Routing(units[key], self.device) for key in sorted(units)}
-        with torch.device("meta"):
-            base = AutoModelForCausalLM.from_config(checkpoint.config, attn_implementation="sdpa").eval()
-        base.requires_grad_(False)
-        base.model.rotary_emb = type(base.model.rotary_emb)(config=checkpoint.config).to(self.device)
-        windows = sliding_windows(checkpoint.config)
+        base = skeleton(checkpoint.config, self.device)
         for index, layer in enumerate(base.model.layers):
-            tensors = checkpoint.read_layer(index, dtype)
-            _assign(layer, {name: tensor.to(self.device) for name, tensor in tensors.items()})
+            load_layer(layer, checkpoint, index, dtype, self.device)
             for unit in UNITS:
                 if (routing := self._routings.get((index, unit))) is not None:
-                    name = checkpoint.family.unit(unit).module
-                    place = ((index, unit), getattr(layer, name), routing, self._now)
-                    attention = unit == "attention"
-                    strict = kv_cache == "strict"
-                    setattr(
-                        layer,
-                        name,
-                        _RoutedAttention(*place, strict, windows[index]) if attention else _RoutedMLP(*place),
-                    )
+                    place = ((index, unit), layer, checkpoint.config, routing, self._now)
+                    if unit == "attention":
+                        _RoutedAttention(*place, strict=kv_cache == "strict")
+                    else:
+                        _RoutedMLP(*place)
             if adapt:
                 adapt(index, layer)
             if shard:

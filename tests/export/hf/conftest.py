@@ -21,4 +21,4 @@ def _fresh(request):
     if "exported" in request.fixturenames:
         exported = request.getfixturevalue("exported")
         exported.set_threshold(exported.routing.threshold)
-        exported.model.set_attn_implementation("sdpa")
+        exported.model.set_attn_implementation(exported.kernels[0])

@@ -10,26 +10,32 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ir_convert.checkpoint import Checkpoint
-from ir_convert.families import UNITS
+from ir_convert.families import FAMILIES, UNITS, Unit
 from ir_convert.routing import Routing
 from ir_convert.units import RoutedUnit, merge
 
 
 class DenseUnit(nn.Module):
-    """A base unit that computes everything and then chooses, token by token."""
+    """A base unit that computes everything and then chooses, token by token; takes its layer's post norm, if there is one."""
 
-    def __init__(self, unit: nn.Module, routed: RoutedUnit) -> None:
+    def __init__(self, layer: nn.Module, places: Unit, routed: RoutedUnit, eps: float) -> None:
         super().__init__()
-        self.unit, self.routed, self.threshold = unit, routed, -math.inf
+        self.unit, self.routed, self.threshold = getattr(layer, places.module), routed, -math.inf
+        self.bare, self.eps, self.factor = places.norm is None, eps, getattr(layer, "residual_multiplier", 1.0)
+        self.is_sliding = getattr(self.unit, "is_sliding", False)
+        self.post_norm: nn.Module = nn.Identity()
+        if places.post_norm is not None:
+            self.post_norm = getattr(layer, places.post_norm)
+            setattr(layer, places.post_norm, nn.Identity())
         self.scores: Tensor = torch.empty(0)
 
     def forward(self, *args, hidden_states=None, **kwargs):
-        h = args[0] if args else hidden_states
-        output = self.unit(*args, **({} if args else {"hidden_states": h}), **kwargs)
+        seen = args[0] if args else hidden_states
+        output = self.unit(*args, **({} if args else {"hidden_states": seen}), **kwargs)
+        added = self.factor * self.post_norm(output[0] if isinstance(output, tuple) else output)
+        h = nn.functional.rms_norm(seen, seen.shape[-1:], eps=self.eps) if self.bare else seen
         self.scores = self.routed.router(h)
-        chosen = merge(
-            self.scores > self.threshold, output[0] if isinstance(output, tuple) else output, self.routed.forecaster(h)
-        )
+        chosen = merge(self.scores > self.threshold, added, self.routed.forecaster(h)) / self.factor
         return (chosen, None) if isinstance(output, tuple) else chosen
 
 
@@ -42,6 +48,11 @@ class Exported:
     checkpoint: Checkpoint
     routing: Routing
     folder: Path
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """The attention implementations that compute this model."""
+        return ("eager",) if self.base.config._attn_implementation == "eager" else ("sdpa", "eager")
 
     def units(self) -> dict[tuple[int, str], DenseUnit]:
         """The reference's units, by (layer, unit)."""
@@ -60,8 +71,10 @@ class Exported:
 def dense_reference(base: PreTrainedModel, routing: Routing) -> PreTrainedModel:
     reference = copy.deepcopy(base)
     for index, layer in enumerate(reference.model.layers):
-        layer.self_attn = DenseUnit(layer.self_attn, routing.units[index, "attention"])
-        layer.mlp = DenseUnit(layer.mlp, routing.units[index, "mlp"])
+        for unit in UNITS:
+            places = FAMILIES[base.config.model_type].unit(unit)
+            unit_of_layer = DenseUnit(layer, places, routing.units[index, unit], base.config.rms_norm_eps)
+            setattr(layer, places.module, unit_of_layer)
     return reference
 
 

@@ -18,7 +18,9 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from ir_convert.checkpoint import Checkpoint
 from ir_convert.errors import UserError
 from ir_convert.export.hf import load, write
-from ir_convert.export.hf.writer import CODE
+from ir_convert.export.hf.configuration_ir import rope_of_version_4
+from ir_convert.export.hf.writer import CODE, ROPE
+from ir_convert.rope import all_rope_parameters
 from ir_convert.routing import Routing
 from ir_convert.units import Forecaster, Router
 
@@ -40,7 +42,7 @@ def export(checkpoint, routing, folder, **kwargs):
 def test_files_and_names(exported):
     files = {path.name for path in exported.folder.iterdir()}
     assert {"config.json", "README.md", "routing.safetensors", "model.safetensors"} <= files
-    assert {"configuration_ir.py", "modeling_ir.py", "routed_ir.py", "control_ir.py", "generation_config.json"} <= files
+    assert {*CODE, "generation_config.json"} <= files
     assert not [name for name in files if name.startswith("part-")]
     written = load_file(exported.folder / "model.safetensors")
     base = {name: exported.checkpoint.read(name) for name in exported.checkpoint.shards}
@@ -60,7 +62,9 @@ def test_configuration(exported):
     config = json.loads(text, parse_constant=refuse)
     assert config["model_type"] == f"ir_{exported.checkpoint.config.model_type}"
     assert config["dtype"] == "float32"
-    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
+    rope = config["rope_parameters"]
+    assert config["rope_theta"] == rope.get("full_attention", rope)["rope_theta"]
+    assert config.get("rope_local_base_freq") == rope.get("sliding_attention", {}).get("rope_theta")
     assert (config["forecaster_rank"], config["router_width"], config["kv_cache"]) == (5, 4, "full")
     assert config["routing_threshold"] == exported.routing.threshold
     assert str(exported.checkpoint.path) not in text + (exported.folder / "README.md").read_text("utf-8")
@@ -202,6 +206,28 @@ def test_rope_in_the_spelling_of_either_transformers(llama, tmp_path, spelling):
     values = json.loads((tmp_path / "ir" / "config.json").read_text("utf-8"))
     assert (values["rope_theta"], values["rope_scaling"]) == (5000.0, scaling)
     assert values["rope_parameters"] == {"rope_theta": 5000.0, **scaling}
+
+
+@pytest.mark.parametrize("spelling", [4, 5])
+@pytest.mark.parametrize("name", ["gemma3", "phi3", "phi3-long"])
+@torch.no_grad()
+def test_rope_of_other_families_in_either_spelling(name, spelling, tmp_path):
+    """Two bases, heads rotated in part, and factors that depend on the length."""
+    base = save_random(name, tmp_path / "base")
+    path, ids = tmp_path / "base" / "config.json", tokens(1, 60)
+    five = all_rope_parameters(base.config)
+    plain = {key: value for key, value in json.loads(path.read_text("utf-8")).items() if key not in ROPE}
+    written = {"rope_parameters": five} if spelling == 5 else rope_of_version_4(five)
+    path.write_text(json.dumps(plain | written), "utf-8")
+    checkpoint = Checkpoint.open(str(tmp_path / "base"))
+    model = export(checkpoint, random_routing(checkpoint), tmp_path / "ir")
+    model.save_pretrained(tmp_path / "again")
+    for loaded in (model, load(tmp_path / "again").eval()):
+        loaded.set_sparsity(0)
+        assert_close(loaded(ids).logits, base(ids).logits, atol=1e-5, rtol=1e-5)
+    values = json.loads((tmp_path / "ir" / "config.json").read_text("utf-8"))
+    assert values["rope_parameters"] == five
+    assert {key: values[key] for key in ROPE if key in values} == {"rope_parameters": five} | rope_of_version_4(five)
 
 
 @pytest.mark.parametrize("named", [True, False])

@@ -32,6 +32,8 @@ def test_greedy_with_a_static_cache(exported):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_left_padding_changes_no_token(exported, attention):
+    if attention not in exported.kernels:
+        pytest.skip("this model has a soft cap, which sdpa has not")
     exported.model.set_attn_implementation(attention)
     lengths = [5, 11, 1, 8]
     rows = [tokens(1, length, seed=length) for length in lengths]

@@ -6,11 +6,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from products import watch
 from routed_models import Exported, tokens
 from torch.testing import assert_close
 
 from ir_convert.families import UNITS
-from ir_convert.flops import Budget
+from ir_convert.flops import Budget, forecaster_flops
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 
@@ -56,6 +57,8 @@ def test_dense_is_the_base_model(exported):
 )
 @torch.no_grad()
 def test_routed_is_the_reference(exported, attention, lengths, side, share, seed):
+    if attention not in exported.kernels:
+        pytest.skip("this model has a soft cap, which sdpa has not")
     exported.model.set_attn_implementation(attention)
     batch = padded(lengths, side, seed)
     exported.set_threshold(threshold_for(exported, batch, math.ceil(share * batch["input_ids"].numel())))
@@ -92,30 +95,30 @@ def test_a_mask_of_the_user(exported):
 
 @torch.no_grad()
 def test_skipped_work_is_not_done(exported):
-    """Rows that reach each projection: all for K and V, the executed ones for the rest."""
-    rows: dict[tuple[int, str], int] = {}
-    hooks = []
-    for index, layer in enumerate(exported.model.model.layers):
-        for unit, name in (("self_attn", "q_proj k_proj v_proj o_proj"), ("mlp", "gate_proj up_proj down_proj")):
-            for projection in name.split():
-                rows[index, projection] = 0
-
-                def count(module, args, key=(index, projection)):
-                    rows[key] += args[0].shape[:-1].numel()
-
-                hooks.append(getattr(getattr(layer, unit), projection).register_forward_pre_hook(count))
+    """FLOPs of each unit: K and V and the routing for all tokens, the rest for executed ones; against a dense run's."""
+    units = {
+        (index, unit): getattr(layer, exported.checkpoint.family.unit(unit).module)
+        for index, layer in enumerate(exported.model.model.layers)
+        for unit in UNITS
+    }
     batch = padded([11, 4, 7], "left")
-    with exported.model.routing_statistics() as seen:
+    budget = Budget.of(exported.checkpoint.config, exported.routing.units)
+    with exported.model.routing_statistics() as seen, watch(exported.model, units) as routed:
         exported.model(**batch)
-    for hook in hooks:
-        hook.remove()
     exported.reference(**batch)
-    for (index, unit), dense in exported.units().items():
-        executed = int((dense.scores > dense.threshold).sum())
-        assert seen.counts[index, unit].executed == executed
-        skipped = exported.checkpoint.family.unit(unit).skipped
-        assert {rows[index, name] for name in skipped} == {executed}
-    assert {rows[index, name] for index in range(3) for name in ("k_proj", "v_proj")} == {33}
+    exported.model.set_sparsity(0)
+    with watch(exported.model, units) as dense:
+        exported.model(**batch)
+    assert routed.flops[None] == dense.flops[None]
+    for key, reference in exported.units().items():
+        executed = int((reference.scores > reference.threshold).sum())
+        assert seen.counts[key].executed == executed
+        overhead = budget.overhead[key]
+        if executed == 33:  # then there is nothing to forecast
+            overhead -= forecaster_flops(
+                exported.checkpoint.config.hidden_size, exported.routing.units[key].forecaster.rank
+            )
+        assert routed.flops[key] == dense.flops[key] - (33 - executed) * budget.saved[key[1]] + 33 * overhead
     assert any(0 < count.executed < count.tokens for count in seen.counts.values())
 
 
@@ -145,7 +148,8 @@ def test_gradients_are_finite_and_reach_forecasters(exported):
     gradients = {name: p.grad for name, p in exported.model.named_parameters() if p.grad is not None}
     exported.model.zero_grad(set_to_none=True)
     assert all(gradient.isfinite().all() for gradient in gradients.values())
-    assert gradients["model.layers.0.mlp.forecaster.down.weight"].abs().sum() > 0
+    for unit in ("self_attn", "mlp"):  # in some layer: a random router may execute all tokens of another
+        assert any(g.abs().sum() > 0 for name, g in gradients.items() if f"{unit}.forecaster.down.weight" in name)
 
 
 @torch.no_grad()

@@ -1,0 +1,143 @@
+"""A routed language model: its dial, and what it tells of its decisions. This file travels with the checkpoint, see modeling_ir.py."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from .attention_ir import RoutedAttention
+from .control_ir import GAIN, SparsityControl
+from .routed_ir import Count, PostNorm, RoutedMLP, RoutedUnit, projection_flops
+
+# A layer's units, by the name of their module.
+UNITS = {"self_attn": "attention", "mlp": "mlp"}
+# The norms after them, in families that have such.
+POST_NORMS = {"attention": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"}
+
+
+@dataclass
+class RoutingStatistics:
+    """What every routed unit did while observed; padding counts like any token.
+
+    Attributes:
+        counts: by (layer, ``attention`` or ``mlp``).
+    """
+
+    counts: dict[tuple[int, str], Count]
+    _units: dict[tuple[int, str], RoutedUnit] = field(repr=False)
+    _layers: Any = field(repr=False)
+    _config: Any = field(repr=False)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that went through the model."""
+        return max((count.tokens for count in self.counts.values()), default=0)
+
+    @property
+    def decisions(self) -> float:
+        """The share of decisions that approximated; units that are not routed always execute."""
+        approximated = sum(count.tokens - count.executed for count in self.counts.values())
+        return approximated / max(self.tokens * len(UNITS) * len(self._layers), 1)
+
+    @property
+    def sparsity(self) -> float:
+        """The share of the layers' linear FLOPs saved, forecaster and router cost subtracted."""
+        dense = len(self._layers) * sum(projection_flops(self._config).values())
+        saved = sum(
+            (count.tokens - count.executed) * self._units[key].saved - count.routed * self._units[key].overhead
+            for key, count in self.counts.items()
+        )
+        return saved / max(self.tokens * dense, 1)
+
+    def clear(self) -> None:
+        """Counts from zero again."""
+        for count in self.counts.values():
+            count.tokens = count.executed = count.routed = 0
+
+
+class InformedRouting:
+    """Mixed in before a family's causal language model."""
+
+    attention: type[RoutedAttention]
+    mlp: type[RoutedMLP]
+    post_norm: type[PostNorm] | None = None
+    config: Any
+    model: Any
+    post_init: Any
+    register_forward_hook: Any
+    # Other attention kernels take no rows of a mask, and which tokens execute is data: nothing to compile whole.
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+    _supports_attention_backend = False
+    _can_compile_fullgraph = False
+
+    def __init__(self, config: Any) -> None:
+        if getattr(config, "output_router_logits", False):
+            raise ValueError("output_router_logits is not supported: approximated tokens have no scores of experts")
+        super().__init__(config)  # type: ignore[call-arg]
+        for index, layer in enumerate(self.model.layers):
+            for module, unit in UNITS.items():
+                if config.routing_shape(index, unit):
+                    routed = (self.attention if unit == "attention" else self.mlp)(config, index)
+                    setattr(layer, module, routed)
+                    if self.post_norm is not None:
+                        norm = self.post_norm(config.hidden_size, eps=config.rms_norm_eps)
+                        setattr(layer, POST_NORMS[unit], norm)
+                        routed.take_post_norm(norm)
+        self._keep_in_fp32_modules_strict: Any = {"score"}
+        self.post_init()
+
+    def set_sparsity(self, sparsity: float) -> None:
+        """Saves this share of the FLOPs from now on; 0 is the dense model. Kept by ``save_pretrained``.
+
+        Raises:
+            ValueError: negative, or more than the routing reaches.
+        """
+        self.config.set_sparsity(sparsity)
+
+    @contextmanager
+    def routing_statistics(self) -> Iterator[RoutingStatistics]:
+        """Counts decisions inside a ``with`` block: ``with model.routing_statistics() as seen: ...; seen.sparsity``."""
+        units = {
+            (index, unit): getattr(layer, module)
+            for index, layer in enumerate(self.model.layers)
+            for module, unit in UNITS.items()
+            if isinstance(getattr(layer, module), RoutedUnit)
+        }
+        statistics = RoutingStatistics({key: Count() for key in units}, units, self.model.layers, self.config)
+        for key, unit in units.items():
+            unit.counts.append(statistics.counts[key])
+        try:
+            yield statistics
+        finally:
+            for key, unit in units.items():
+                unit.counts = [count for count in unit.counts if count is not statistics.counts[key]]
+
+    @contextmanager
+    def hold_sparsity(self, sparsity: float, gain: float = GAIN) -> Iterator[SparsityControl]:
+        """Inside a ``with`` block, moves the threshold as text drifts, so that what is saved stays at ``sparsity``.
+
+        Args:
+            sparsity: the share of FLOPs to save.
+            gain: how far the threshold moves for each unit of sparsity missed over 256 tokens.
+
+        Raises:
+            ValueError: negative, or more than the routing reaches.
+        """
+        before = self.config.sparsity, self.config.routing_threshold
+        self.set_sparsity(sparsity)
+        control = SparsityControl(sparsity, float(self.config.routing_threshold), gain)
+        with self.routing_statistics() as seen:
+
+            def move(*_: Any) -> None:
+                threshold = control.observe(seen.sparsity, seen.tokens)
+                self.config.routing_threshold = threshold if math.isfinite(threshold) else str(threshold)
+                seen.clear()
+
+            hook = self.register_forward_hook(move)
+            try:
+                yield control
+            finally:
+                hook.remove()
+                self.config.sparsity, self.config.routing_threshold = before

@@ -1,0 +1,51 @@
+"""What a model's configuration may ask for: anything else is named in one line before any work is done."""
+
+from transformers import PretrainedConfig
+
+from .errors import UserError
+from .families import ACTIVATIONS, Family, experts_of, family_of
+from .rope import FULL, TYPES, all_rope_parameters
+
+
+def require_supported(config: PretrainedConfig) -> Family:
+    """Returns the family of a configuration all of whose settings are supported.
+
+    Raises:
+        UserError: the family is unknown, or a setting is not supported.
+    """
+    family = family_of(config)
+    activation = getattr(config, family.activation, None)
+    if activation not in ACTIVATIONS:
+        raise UserError(
+            f"activation '{activation}' ({family.activation}) in the MLP is not supported: "
+            f"convert a model with {' or '.join(ACTIVATIONS)}"
+        )
+    if quantization := getattr(config, "quantization_config", None):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else type(quantization).__name__
+        raise UserError(f"weights quantised by '{method}' are not read: convert the model they were made from")
+    if getattr(config, "use_bidirectional_attention", False):
+        raise UserError(
+            "use_bidirectional_attention is true: this model encodes text and does not generate it; convert a causal one"
+        )
+    parameters = all_rope_parameters(config)
+    for rope in [parameters] if FULL not in parameters else parameters.values():
+        if (kind := rope.get("rope_type", "default")) not in TYPES:
+            raise UserError(f"position embedding of type '{kind}' (rope_type) is not supported: use {', '.join(TYPES)}")
+    if family.residual_multiplier(config) == 0:
+        raise UserError("residual_multiplier is 0: no unit adds anything, there is nothing to route")
+    if experts_of(config) is not None:
+        _require_experts_everywhere(config)
+    return family
+
+
+def _require_experts_everywhere(config: PretrainedConfig) -> None:
+    # One budget of FLOPs holds for every layer.
+    for name, value, plain in (
+        ("mlp_only_layers", getattr(config, "mlp_only_layers", None) or [], []),
+        ("decoder_sparse_step", getattr(config, "decoder_sparse_step", 1), 1),
+    ):
+        if value != plain:
+            raise UserError(
+                f"{name} is {value}: models in which some layers have experts and others have none are not supported; "
+                f"convert one with {name} {plain}"
+            )

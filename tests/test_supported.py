@@ -1,0 +1,78 @@
+"""What a configuration may ask for, what it may not, and what the ONNX graph does not build."""
+
+import re
+
+import pytest
+from models import CONFIGS
+from transformers import Gemma3Config, Gemma3TextConfig, GPT2Config, LlamaConfig, Qwen3MoeConfig
+
+from ir_convert.errors import UserError
+from ir_convert.export.onnx import check_model
+from ir_convert.supported import require_supported
+
+
+def changed(config, **values):
+    for name, value in values.items():
+        setattr(config, name, value)
+    return config
+
+
+ROPE = {"rope_type": "spiral", "rope_theta": 10000.0}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (GPT2Config(), "model family 'gpt2' is not known; known families: llama, .*qwen3_moe"),
+        (Gemma3Config(), "model family 'gemma3' is not a text model: save its language model alone"),
+        (changed(LlamaConfig(), hidden_act="relu2"), r"activation 'relu2' \(hidden_act\) in the MLP is not supported"),
+        (
+            changed(Gemma3TextConfig(), hidden_activation="gelu"),
+            r"activation 'gelu' \(hidden_activation\) .*silu or gelu_pytorch_tanh",
+        ),
+        (
+            changed(LlamaConfig(), quantization_config={"quant_method": "fp8"}),
+            "quantised by 'fp8' are not read: convert",
+        ),
+        (changed(Gemma3TextConfig(), use_bidirectional_attention=True), "use_bidirectional_attention is true"),
+        (
+            changed(LlamaConfig(), rope_parameters=ROPE, rope_scaling=ROPE),
+            "type 'spiral' .* is not supported: use default",
+        ),
+        (changed(CONFIGS["granite"].__class__(), residual_multiplier=0), "residual_multiplier is 0"),
+        (Qwen3MoeConfig(mlp_only_layers=[0]), re.escape("mlp_only_layers is [0]: models in which some layers")),
+        (Qwen3MoeConfig(decoder_sparse_step=2), "decoder_sparse_step is 2: models in which some layers"),
+    ],
+)
+def test_one_clear_line(config, message):
+    with pytest.raises(UserError, match=message) as caught:
+        require_supported(config)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_family_is_supported(name):
+    require_supported(CONFIGS[name])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_onnx_builds_every_family(name):
+    check_model(CONFIGS[name], int4=CONFIGS[name].model_type != "qwen3_moe")
+
+
+@pytest.mark.parametrize(
+    ("config", "int4", "message"),
+    [
+        (
+            LlamaConfig(rope_theta=1e4, rope_scaling={"rope_type": "dynamic", "factor": 2.0}),
+            False,
+            r"does not support position embeddings that follow the text's length \(rope_type 'dynamic'\); a checkpoint folder",
+        ),
+        (Qwen3MoeConfig(hidden_act="gelu_pytorch_tanh"), False, "experts with activation 'gelu_pytorch_tanh'"),
+        (Qwen3MoeConfig(), True, "does not support int4 for a mixture of experts"),
+    ],
+)
+def test_what_onnx_does_not_build(config, int4, message):
+    with pytest.raises(UserError, match=message) as caught:
+        check_model(config, int4)
+    assert "\n" not in str(caught.value)
