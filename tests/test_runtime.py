@@ -1,10 +1,13 @@
 """The ONNX runtime: generation with the cache, in batches, sampling, and errors that say what to do."""
 
+import json
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from models import random_routing, save_random
@@ -13,6 +16,8 @@ from transformers import PreTrainedTokenizerFast
 from ir_convert.checkpoint import Checkpoint
 from ir_convert.errors import UserError
 from ir_convert.export.onnx import write
+from ir_convert.families import UNITS
+from ir_convert.flops import Budget
 from ir_convert.routing import Curve
 from ir_convert.runtime import OnnxModel
 
@@ -188,3 +193,44 @@ def test_errors_say_what_to_do(base, model, tmp_path, prompt):
     onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "other", [x], [y])), tmp_path / "other.onnx")
     with pytest.raises(UserError, match="not written by ir-convert"):
         OnnxModel.load(tmp_path / "other.onnx")
+
+
+def test_generation_copies_no_cache(base, prompt, tmp_path):
+    """Only what writes keys and values gives out tensors of the cache's size, and it was handed past and present as one."""
+    options = ort.SessionOptions()
+    options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
+    model = OnnxModel.load(base[1], threads=1, sparsity=0.2, options=options)
+    generate(model, prompt, tokens=20)
+    events = json.loads(Path(model.session.end_profiling()).read_text())
+    writers = {
+        event["args"]["op_name"]
+        for event in events
+        for output in event["args"].get("output_type_shape", [])
+        for shape in output.values()
+        if event["name"].endswith("_kernel_time") and len(shape) == 4 and shape[2] == prompt.shape[1] + 20 - 1
+    }
+    assert writers - {"If"} == {"TensorScatter", "GroupQueryAttention"}
+
+
+def test_trace(tmp_path):
+    save_random("llama", tmp_path / "base")
+    checkpoint = Checkpoint.open(str(tmp_path / "base"))
+    routing = random_routing(checkpoint)
+    del routing.units[1, "mlp"]
+    (tmp_path / "onnx").mkdir()
+    write(checkpoint, routing, tmp_path / "onnx", "m.onnx", trace=True)
+    model = OnnxModel.load(tmp_path / "onnx", threads=1, threshold=0.0)
+    mask = np.ones((2, 60), np.int64)
+    mask[0, :4] = 0
+    model.forward(np.random.default_rng(0).integers(3, 131, mask.shape), mask)
+    assert model.executed is not None
+    assert model.executed.shape == (3, 2, 2, 60)
+    assert not model.executed[:, :, 0, :4].any()
+    np.testing.assert_array_equal(model.executed[1, 1], mask.astype(bool))
+    budget = Budget.of(checkpoint.config, routing.units)
+    rates = {
+        (layer, unit): 1 - float(model.executed[layer, UNITS.index(unit)].sum()) / mask.sum()
+        for layer, unit in routing.units
+    }
+    assert model.saved == pytest.approx(budget.sparsity(rates), abs=1e-5)
+    assert any(0.05 < rate < 0.95 for rate in rates.values())

@@ -1,10 +1,4 @@
-"""Runs an exported model with ONNX Runtime: logits, generation, and the dial between quality and speed.
-
-model = OnnxModel.load("ir-llama.onnx")
-model.set_sparsity(0.3)
-for token in model.generate(model.tokenizer("Once upon", return_tensors="np").input_ids, max_new_tokens=20):
-    print(model.tokenizer.decode(token), end="")
-"""
+"""A routed model in an ONNX Runtime session."""
 
 import json
 from collections.abc import Collection, Iterator, Sequence
@@ -15,19 +9,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx
 import onnxruntime as ort
-import torch
-from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from .checkpoint import TOKENIZER_FILES
-from .errors import UserError
-from .routing import Curve
+from ..checkpoint import TOKENIZER_FILES
+from ..errors import UserError
+from ..routing import Curve
+from .buffers import Buffers
+from .dtypes import NUMPY
+from .loading import inspect, model_file
+from .loading import providers as default_providers
+from .sampling import choose
 
 if TYPE_CHECKING:
-    from .export.hf.control_ir import SparsityControl
+    from ..export.hf.control_ir import SparsityControl
 
 Cache = list[NDArray]
 _ERRORS_ONLY = 3
@@ -43,6 +39,8 @@ class OnnxModel:
         metadata: what the model says about itself; see ``ir_convert.export.onnx.graph.metadata``.
         threshold: a unit executes a token whose score is above it; -inf is the dense model.
         saved: the share of FLOPs that the last call saved on its real tokens, forecasters and routers paid for.
+        executed: which tokens the last call's units executed, bool ``[layers, 2, B, S]`` (attention, MLP); None for a model
+            that was made without ``--trace``.
     """
 
     path: Path
@@ -50,6 +48,7 @@ class OnnxModel:
     metadata: dict[str, Any] = field(repr=False)
     threshold: float
     saved: float = 0.0
+    executed: NDArray | None = field(default=None, repr=False)
     _control: "SparsityControl | None" = field(default=None, repr=False)
 
     @classmethod
@@ -61,6 +60,7 @@ class OnnxModel:
         sparsity: float | None = None,
         threshold: float | None = None,
         options: ort.SessionOptions | None = None,
+        library: str | Path | None = None,
     ) -> "OnnxModel":
         """Loads a model file, or the one model file of a folder.
 
@@ -70,20 +70,23 @@ class OnnxModel:
             threads: threads of one operator; by default onnxruntime's choice.
             sparsity: share of FLOPs to save instead of the one the model was made for.
             threshold: or the threshold itself.
-            options: session options to start from, e.g. with a custom-op library registered.
+            options: session options to start from.
+            library: a custom-op library with kernels for the units' functions.
 
         Raises:
             UserError: missing, damaged, not an ir-convert model, or a sparsity out of reach.
         """
-        path = _model_file(Path(path))
-        metadata = _inspect(path)
+        path = model_file(Path(path))
+        metadata = inspect(path)
         options = options or ort.SessionOptions()
         if options.log_severity_level < 0:  # untouched; the optional input would draw a warning from every load
             options.log_severity_level = _ERRORS_ONLY
         if threads is not None:
             options.intra_op_num_threads = threads
         try:
-            session = ort.InferenceSession(str(path), options, providers=providers or _providers())
+            if library is not None:
+                options.register_custom_ops_library(str(library))
+            session = ort.InferenceSession(str(path), options, providers=providers or default_providers())
         except Exception as error:  # onnxruntime's exceptions share no base class of their own
             raise UserError(f"ONNX Runtime cannot load {path}: {str(error).splitlines()[0]}") from error
         model = cls(path, session, metadata, float(metadata["threshold"]))
@@ -130,7 +133,7 @@ class OnnxModel:
             sparsity: the share of FLOPs to save.
             **gain: how far the threshold moves for each unit of sparsity missed over 256 tokens; 2.0 by default.
         """
-        from .export.hf.control_ir import SparsityControl  # its package imports the models of transformers
+        from ..export.hf.control_ir import SparsityControl  # its package imports the models of transformers
 
         before = self.threshold, self._control
         self.set_sparsity(sparsity)
@@ -168,26 +171,37 @@ class OnnxModel:
         Returns:
             Logits ``[B, S, vocab]``, and the keys and values of all P + S tokens.
         """
-        input_ids = np.asarray(input_ids, np.int64)
-        batch, length = input_ids.shape
+        batch, length = np.shape(input_ids)
         past = past or self._empty_cache(batch)
         if attention_mask is None:
             attention_mask = np.ones((batch, past[0].shape[2] + length))
+        feed = self._feed(input_ids, attention_mask, position_ids)
+        feed |= dict(zip((value.name for value in self._past_inputs), past, strict=True))
+        names = [value.name for value in self.session.get_outputs()]
+        outputs = dict(zip(names, self.session.run(None, feed), strict=True))
+        self._observe(outputs, feed)
+        return outputs["logits"], [outputs[name] for name in names if name.startswith("present.")]
+
+    def _feed(
+        self, input_ids: NDArray, attention_mask: NDArray, position_ids: NDArray | None = None
+    ) -> dict[str, NDArray]:
+        """Returns all inputs but the cache."""
         attention_mask = np.asarray(attention_mask, np.int64)
         if position_ids is None:
-            position_ids = np.maximum(np.cumsum(attention_mask, axis=1) - 1, 0)[:, -length:]
-        feed = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": np.asarray(position_ids, np.int64),
+            position_ids = np.maximum(np.cumsum(attention_mask, axis=1) - 1, 0)[:, -np.shape(input_ids)[1] :]
+        return {
+            "input_ids": np.ascontiguousarray(input_ids, np.int64),
+            "attention_mask": np.ascontiguousarray(attention_mask),
+            "position_ids": np.ascontiguousarray(position_ids, np.int64),
             "routing_threshold": np.array([self.threshold], np.float32),
         }
-        feed |= dict(zip((value.name for value in self._past_inputs), past, strict=True))
-        logits, *present = self.session.run(None, feed)
-        self.saved = float(present.pop(len(past))[0])
+
+    def _observe(self, outputs: dict[str, NDArray], feed: dict[str, NDArray]) -> None:
+        """Takes note of what a call did, and moves the threshold if the sparsity is held."""
+        self.saved, self.executed = float(outputs["routing_saved"][0]), outputs.get("executed")
         if self._control is not None:
-            self.threshold = self._control.observe(self.saved, int(attention_mask[:, -length:].sum()))
-        return logits, present
+            real = feed["attention_mask"][:, -feed["input_ids"].shape[1] :]
+            self.threshold = self._control.observe(self.saved, int(real.sum()))
 
     def generate(
         self,
@@ -200,7 +214,7 @@ class OnnxModel:
         seed: int | None = None,
         eos_ids: Collection[int] | None = None,
     ) -> Iterator[NDArray]:
-        """Continues B texts, a token at a time.
+        """Continues B texts, a token at a time; keys and values stay where they are, in buffers of the longest text's length.
 
         Args:
             input_ids: the prompts ``[B, S]``, padded on the left where they differ in length.
@@ -222,10 +236,13 @@ class OnnxModel:
         ends = np.array(sorted(self.eos_ids if eos_ids is None else eos_ids), np.int64)
         generator = np.random.default_rng(seed)
         ended = np.zeros(len(tokens), bool)
-        cache: Cache | None = None
+        # The last token is never fed back.
+        buffers = Buffers(self.session, len(tokens), tokens.shape[1] + max_new_tokens - 1)
         for _ in range(max_new_tokens):
-            logits, cache = self.forward(tokens, mask, past=cache)
-            choice = _choose(logits[:, -1].astype(np.float32), temperature, top_k, top_p, generator)
+            feed = self._feed(tokens, mask)
+            outputs = buffers.run(feed)
+            self._observe(outputs, feed)
+            choice = choose(outputs["logits"][:, -1].astype(np.float32), temperature, top_k, top_p, generator)
             tokens = np.where(ended, tokens[:, -1], choice)[:, None]
             yield tokens[:, 0]
             ended |= np.isin(tokens[:, 0], ends)
@@ -239,62 +256,6 @@ class OnnxModel:
         return [value for value in self.session.get_inputs() if value.name.startswith("past_key_values.")]
 
     def _empty_cache(self, batch: int) -> Cache:
-        dtypes = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
         return [
-            np.zeros((batch, *value.shape[1:2], 0, value.shape[3]), dtypes[value.type]) for value in self._past_inputs
+            np.zeros((batch, *value.shape[1:2], 0, value.shape[3]), NUMPY[value.type]) for value in self._past_inputs
         ]
-
-
-def _choose(
-    logits: NDArray, temperature: float, top_k: int | None, top_p: float | None, generator: np.random.Generator
-) -> NDArray:
-    """Chooses a token for every row of ``logits[B, vocab]``."""
-    if temperature == 0:
-        return logits.argmax(axis=-1)
-    order = np.argsort(-logits, axis=-1, kind="stable")[:, :top_k]
-    scaled = np.take_along_axis(logits, order, axis=-1) / temperature
-    p = np.exp(scaled - scaled[:, :1], dtype=np.float64)
-    p /= p.sum(axis=-1, keepdims=True)
-    if top_p is not None:
-        p[np.cumsum(p, axis=-1) - p >= top_p] = 0  # keeps the token that crosses the line
-        p /= p.sum(axis=-1, keepdims=True)
-    draws = generator.random((len(p), 1))
-    picked = np.minimum((np.cumsum(p, axis=-1) <= draws).sum(axis=-1), (p > 0).sum(axis=-1) - 1)
-    return np.take_along_axis(order, picked[:, None], axis=-1)[:, 0]
-
-
-def _providers() -> list[str]:
-    wanted = ["CUDAExecutionProvider"] * torch.cuda.is_available() + ["CPUExecutionProvider"]
-    return [provider for provider in wanted if provider in ort.get_available_providers()]
-
-
-def _model_file(path: Path) -> Path:
-    if path.is_dir():
-        files = sorted(path.glob("*.onnx"))
-        if len(files) != 1:
-            raise UserError(f"{path} holds {len(files)} .onnx files: name the one to load")
-        return files[0]
-    if not path.is_file():
-        raise UserError(f"model file '{path}' does not exist")
-    return path
-
-
-def _inspect(path: Path) -> dict[str, Any]:
-    """Reads the model's metadata, and checks that its weights are there, without reading them."""
-    try:
-        proto = onnx.load(path, load_external_data=False)
-    except DecodeError as error:
-        raise UserError(f"{path} is not an ONNX file, or is damaged") from error
-    properties = {entry.key: entry.value for entry in proto.metadata_props}
-    if "ir_convert" not in properties:
-        raise UserError(f"{path} was not written by ir-convert: it has no routing to set")
-    for tensor in proto.graph.initializer:
-        where = {entry.key: entry.value for entry in tensor.external_data}
-        if not where:
-            continue
-        data = path.parent / where["location"]
-        if not data.is_file():
-            raise UserError(f"{path} needs its weights '{where['location']}' beside it: copy both files together")
-        if data.stat().st_size < int(where.get("offset", 0)) + int(where.get("length", 0)):
-            raise UserError(f"{data} is shorter than {path.name} says: copy both files together again")
-    return json.loads(properties["ir_convert"])

@@ -1,0 +1,53 @@
+"""Keys and values in buffers that the model writes in place: no token copies the cache."""
+
+from dataclasses import dataclass, field
+
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from .dtypes import ELEMENTS, device_of
+
+
+@dataclass
+class Buffers:
+    """Room for the keys and values of every layer, on the session's device, each buffer past and present at once.
+
+    Attributes:
+        session: whose inputs and outputs they are.
+        batch: sequences.
+        capacity: slots, padding included, for the longest text that will come.
+    """
+
+    session: ort.InferenceSession
+    batch: int
+    capacity: int
+    _binding: ort.IOBinding = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        device, self._binding = device_of(self.session), self.session.io_binding()
+        for past in self.session.get_inputs():
+            if past.name.startswith("past_key_values."):
+                shape = [self.batch, past.shape[1], self.capacity, past.shape[3]]
+                buffer = ort.OrtValue.ortvalue_from_shape_and_type(shape, ELEMENTS[past.type], *device)
+                self._binding.bind_ortvalue_input(past.name, buffer)
+                self._binding.bind_ortvalue_output(past.name.replace("past_key_values", "present"), buffer)
+
+    def run(self, feed: dict[str, NDArray]) -> dict[str, NDArray]:
+        """Runs the model on top of what the buffers hold, and leaves the new keys and values there.
+
+        Args:
+            feed: all inputs but the cache. ``attention_mask[B, T]`` says how many slots are in use after this call:
+                T of at most ``capacity``; the new tokens come last.
+
+        Returns:
+            All outputs but the cache, by name.
+        """
+        # bind_cpu_input refuses inputs that have defaults. These values borrow the arrays' memory until the call is over.
+        for name, array in feed.items():
+            self._binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+        names = [value.name for value in self.session.get_outputs() if not value.name.startswith("present.")]
+        for name in names:
+            self._binding.bind_output(name, "cpu")  # anew: its shape may be another one
+        self.session.run_with_iobinding(self._binding)
+        outputs = self._binding.get_outputs()[-len(names) :]
+        return {name: value.numpy() for name, value in zip(names, outputs, strict=True)}

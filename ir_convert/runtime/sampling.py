@@ -1,0 +1,22 @@
+"""Which token comes next."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def choose(
+    logits: NDArray, temperature: float, top_k: int | None, top_p: float | None, generator: np.random.Generator
+) -> NDArray:
+    """Chooses a token for every row of ``logits[B, vocab]``."""
+    if temperature == 0:
+        return logits.argmax(axis=-1)
+    order = np.argsort(-logits, axis=-1, kind="stable")[:, :top_k]
+    scaled = np.take_along_axis(logits, order, axis=-1) / temperature
+    p = np.exp(scaled - scaled[:, :1], dtype=np.float64)
+    p /= p.sum(axis=-1, keepdims=True)
+    if top_p is not None:
+        p[np.cumsum(p, axis=-1) - p >= top_p] = 0  # keeps the token that crosses the line
+        p /= p.sum(axis=-1, keepdims=True)
+    draws = generator.random((len(p), 1))
+    picked = np.minimum((np.cumsum(p, axis=-1) <= draws).sum(axis=-1), (p > 0).sum(axis=-1) - 1)
+    return np.take_along_axis(order, picked[:, None], axis=-1)[:, 0]
