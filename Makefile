@@ -1,9 +1,11 @@
 # make demo: convert the tiny trained model and run what came out.   make test: all tests.   make lint: linters.
+# make test-interop: tests that need older packages than the rest, in .venv-interop.
 PYTHON ?= python3
 BIN := .venv/bin
+INTEROP := .venv-interop/bin
 DEMO := demo
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-interop lint clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -22,8 +24,19 @@ demo: .venv/.installed $(DEMO)/calibration.txt
 	@echo; echo '--- Hugging Face:'
 	$(BIN)/ir-convert generate $(DEMO)/ir-tiny 'The "with" statement ' --max-new-tokens 48
 
+# Two processes of one thread each; a file stays in one, for what its tests share.
 test: .venv/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# optimum-onnx and Triton's schema hold transformers and protobuf back; the checkpoint's own tests run on that line too.
+.venv-interop/.installed: tests/interop/requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv-interop
+	$(INTEROP)/pip install --quiet --no-compile --requirement tests/interop/requirements.txt
+	$(INTEROP)/pip install --quiet --no-compile --no-deps --editable .
+	touch $@
+
+test-interop: .venv-interop/.installed
+	$(INTEROP)/python -m pytest tests/interop tests/export/hf --ignore tests/export/hf/test_variants.py
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
@@ -31,4 +44,4 @@ lint: .venv/.installed
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv $(DEMO) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-interop $(DEMO) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -17,26 +17,41 @@ class Output:
 
     Attributes:
         path: what the user named.
-        kind: ``onnx`` (a model file and what runtimes need beside it), ``hf`` (a checkpoint folder) or ``routing``
-            (the routing file alone).
+        kind: ``onnx`` (a model file and what runtimes need beside it), ``hf`` (a checkpoint folder), ``triton`` (a model's
+            folder in Triton's model repository) or ``routing`` (the routing file alone).
     """
 
     path: Path
     kind: str
 
     @classmethod
-    def parse(cls, path: Path) -> "Output":
-        """Tells the kind from the name: ``*.onnx``, ``*.safetensors``, else a folder."""
+    def parse(cls, path: Path, target: str = "hf") -> "Output":
+        """Tells the kind from the name: ``*.onnx``, ``*.safetensors``, else a folder, whose kind is ``target``."""
         if path.suffix in FOREIGN:
             raise UserError(f"output '{path}' is of no known kind: name a .onnx file, a .safetensors file or a folder")
-        return cls(path, {".onnx": "onnx", ".safetensors": "routing"}.get(path.suffix, "hf"))
+        return cls(path, {".onnx": "onnx", ".safetensors": "routing"}.get(path.suffix, target))
+
+    @property
+    def is_folder(self) -> bool:
+        return self.kind in ("hf", "triton")
+
+    @property
+    def is_onnx(self) -> bool:
+        return self.kind in ("onnx", "triton")
 
     @property
     def routing_file(self) -> Path:
         """Where the output keeps its routing file."""
         if self.kind == "onnx":
             return self.path.with_name(f"{self.path.stem}.routing.safetensors")
+        if self.kind == "triton":
+            return (self.path / self.model_file).with_suffix(".routing.safetensors")
         return self.path / "routing.safetensors" if self.kind == "hf" else self.path
+
+    @property
+    def model_file(self) -> Path:
+        """Where an ONNX model lies in the folder that ``write`` fills."""
+        return Path("1/model.onnx") if self.kind == "triton" else Path(self.path.name)
 
     def files(self, checkpoint: Checkpoint) -> list[Path]:
         """Returns what the output puts beside other files of the user's; a folder is one thing."""
@@ -44,6 +59,7 @@ class Output:
             return [self.path]
         beside = [
             "config.json",
+            "genai_config.json",
             *(file.name for file in checkpoint.files(("generation_config.json", *TOKENIZER_FILES))),
         ]
         names = [*beside, self.routing_file.name, f"{self.path.name}.data", self.path.name]
@@ -62,7 +78,7 @@ class Output:
         try:
             fill(partial)
             size = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
-            if self.kind == "hf":
+            if self.is_folder:
                 replaced = self.path.parent / f".{self.path.name}.replaced"
                 shutil.rmtree(replaced, ignore_errors=True)
                 if self.path.exists():
@@ -99,13 +115,20 @@ def check_outputs(
                 )
             if file.exists() and not overwrite:
                 raise UserError(f"{file} exists: name another output, or give --overwrite")
-        if output.kind == "hf" and output.path.exists():
-            is_checkpoint = output.path.is_dir() and (
-                (output.path / "config.json").is_file() or not any(output.path.iterdir())
-            )
-            if not is_checkpoint:
-                raise UserError(f"{output.path} is not a checkpoint folder; it is not overwritten: name another output")
+        if output.is_folder and output.path.exists() and not _replaceable(output):
+            kind = "a checkpoint folder" if output.kind == "hf" else "a Triton model of version 1 alone"
+            raise UserError(f"{output.path} is not {kind}; it is not overwritten: name another output")
     _check_space(outputs, bytes_needed)
+
+
+def _replaceable(output: Output) -> bool:
+    """Tells whether a folder is what it will be replaced with, or empty."""
+    if not output.path.is_dir():
+        return False
+    names = {path.name for path in output.path.iterdir()}
+    if output.kind == "hf":
+        return not names or "config.json" in names
+    return names in (set(), {"config.pbtxt", "1"})  # another version is not ours to remove
 
 
 def _check_place(output: Output, model: Path) -> None:
@@ -114,7 +137,7 @@ def _check_place(output: Output, model: Path) -> None:
         raise UserError(
             f"output '{output.path}' and the base model's folder {model} lie in each other: name another place"
         )
-    if output.kind != "hf" and path.is_dir():
+    if not output.is_folder and path.is_dir():
         raise UserError(f"output '{output.path}' is a folder, a file was expected")
 
 

@@ -32,12 +32,19 @@ def test_kind_by_name(name, kind):
     assert Output.parse(Path(name)).kind == kind
 
 
+@pytest.mark.parametrize(("name", "kind"), [("a.onnx", "onnx"), ("b.safetensors", "routing"), ("c", "triton")])
+def test_target_is_of_folders(name, kind):
+    assert Output.parse(Path(name), "triton").kind == kind
+
+
 def test_foreign_format():
     with pytest.raises(UserError, match=r"'m.gguf' is of no known kind"):
         Output.parse(Path("m.gguf"))
 
 
-@pytest.mark.parametrize("existing", ["m.onnx", "m.onnx.data", "config.json", "m.routing.safetensors"])
+@pytest.mark.parametrize(
+    "existing", ["m.onnx", "m.onnx.data", "config.json", "genai_config.json", "m.routing.safetensors"]
+)
 def test_nothing_that_exists_is_overwritten_unasked(existing, checkpoint, tmp_path):
     (tmp_path / existing).write_text("mine")
     with pytest.raises(UserError, match=f"{existing} exists.*--overwrite"):
@@ -57,6 +64,22 @@ def test_existing_folder(checkpoint, tmp_path):
         check(checkpoint, folder, overwrite=True)
     (folder / "config.json").write_text("{}")
     check(checkpoint, folder, overwrite=True)
+
+
+def test_existing_triton_model(checkpoint, tmp_path):
+    output = Output.parse(tmp_path / "ir-llama", "triton")
+
+    def check_again(overwrite: bool = True) -> None:
+        check_outputs([output], checkpoint, overwrite, lambda output: 1000)
+
+    (tmp_path / "ir-llama" / "1").mkdir(parents=True)
+    (tmp_path / "ir-llama" / "config.pbtxt").write_text("")
+    check_again()
+    with pytest.raises(UserError, match="exists"):
+        check_again(overwrite=False)
+    (tmp_path / "ir-llama" / "2").mkdir()  # another version, which is not ours to remove
+    with pytest.raises(UserError, match="is not a Triton model of version 1 alone; it is not overwritten"):
+        check_again()
 
 
 def test_collisions(checkpoint, tmp_path):
@@ -91,10 +114,10 @@ def test_write_moves_everything_into_place(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["config.json", "m.onnx"]
 
 
-@pytest.mark.parametrize("name", ["m.onnx", "folder"])
+@pytest.mark.parametrize(("name", "target"), [("m.onnx", "hf"), ("folder", "hf"), ("folder", "triton")])
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
-def test_failure_leaves_the_old_and_no_half(name, error, tmp_path):
-    output = Output.parse(tmp_path / name)
+def test_failure_leaves_the_old_and_no_half(name, target, error, tmp_path):
+    output = Output.parse(tmp_path / name, target)
     output.write(lambda folder: (folder / "m.onnx").write_text("old") and None)
 
     def fill(folder: Path) -> None:
