@@ -1,0 +1,93 @@
+"""Quantised models as a whole: the head in int8, and an int4 file beside what its weights come back as."""
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import random_routing, save_random
+from onnxscript import GraphBuilder
+from stream_reference import StreamReference
+
+from ir_convert.checkpoint import Checkpoint
+from ir_convert.errors import UserError
+from ir_convert.export.onnx import write
+from ir_convert.export.onnx.int4 import Int4, dequantised
+from ir_convert.export.onnx.int8 import ATTRIBUTES, quantise
+from ir_convert.runtime import OnnxModel
+
+
+class Rounded:
+    """Quantises and dequantises, as the exported file's kernels see weights."""
+
+    def __init__(self, int4: Int4) -> None:
+        self.int4 = int4
+
+    def __call__(self, weight: torch.Tensor, name: str | None) -> torch.Tensor:
+        return dequantised(weight, self.int4)
+
+    def facts(self) -> dict[str, object]:
+        return self.int4.facts()
+
+
+@settings(max_examples=30, deadline=None)
+@given(outputs=st.integers(1, 40), inputs=st.integers(1, 100), rows=st.integers(0, 5), seed=st.integers(0, 2**16))
+def test_int8(outputs, inputs, rows, seed):
+    """Off by half a step at most; and the kernel computes with just these weights, activations rounded to int8 as well."""
+    torch.manual_seed(seed)
+    weight = torch.randn(outputs, inputs) * torch.rand(outputs, 1)
+    weight[0, : inputs // 2] = 0
+    packed, scales = quantise(weight)
+    back = ((packed.float() - 128) * scales.unsqueeze(-1)).flatten(1)[:, :inputs]
+    step = scales.repeat_interleave(32, 1)[:, :inputs]
+    assert ((back - weight).abs() <= step * 0.5001).all()
+
+    graph = ir.Graph([], [], nodes=[], opset_imports={"": 24, "com.microsoft": 1}, name="head")
+    builder = GraphBuilder(graph)
+    x = builder.input("x", ir.DataType.FLOAT, ["rows", inputs])
+    parts = [builder.initializer(ir.tensor(part), name) for name, part in (("w", packed), ("s", scales))]
+    y = builder.op.MatMulNBits(x, *parts, N=outputs, K=inputs, **ATTRIBUTES, _domain="com.microsoft")
+    y.name, y.type = "y", ir.TensorType(ir.DataType.FLOAT)
+    graph.outputs.append(y)
+    model = ir.serde.serialize_model(ir.Model(graph, ir_version=11)).SerializeToString()
+    feed = torch.randn(rows, inputs)
+    (got,) = ort.InferenceSession(model, providers=["CPUExecutionProvider"]).run(None, {"x": feed.numpy()})
+    torch.testing.assert_close(torch.from_numpy(got), feed @ back.T, atol=0.02 * inputs**0.5, rtol=0.02)
+
+
+@pytest.mark.parametrize("method", ["rtn", "k_quant"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "gemma3", "phi3", "olmo2", "granite"])
+def test_int4_model(name, method, tmp_path):
+    """Against torch on the dequantised weights: the same decisions, logits but for the rounding of activations."""
+    save_random(name, tmp_path / "base")
+    checkpoint, int4 = Checkpoint.open(str(tmp_path / "base")), Int4(method, accuracy_level=1)
+    routing = random_routing(checkpoint)
+    (tmp_path / "onnx").mkdir()
+    write(checkpoint, routing, tmp_path / "onnx", "m.onnx", int4=int4)
+    onnx.checker.check_model(tmp_path / "onnx" / "m.onnx", full_check=True)
+    proto = onnx.load(tmp_path / "onnx" / "m.onnx", load_external_data=False)
+    assert {node.domain for node in proto.graph.node if "Routed" in node.op_type} == {"ir.int4"}
+
+    rounded = checkpoint.quantised(Rounded(int4))
+    reference = StreamReference(rounded, routing)
+    model = OnnxModel.load(tmp_path / "onnx", threads=1)
+    torch.manual_seed(0)
+    ids, mask = torch.randint(3, 131, (3, 12)), torch.ones(3, 12, dtype=torch.long)
+    mask[1, :5] = 0
+    for threshold in (-np.inf, 0.0, np.inf):
+        model.threshold = threshold
+        expected = reference(ids, mask, threshold)
+        assert expected.margin > 1e-5
+        logits = torch.from_numpy(model.logits(ids.numpy(), mask.numpy()))
+        real = mask.bool()
+        error = (logits - expected.logits)[real].std() / expected.logits[real].std()
+        assert error < 0.02  # the head alone rounds activations to int8
+        assert logits.argmax(-1)[real].eq(expected.logits.argmax(-1)[real]).float().mean() > 0.9
+
+
+def test_int8_refuses_what_is_not_finite():
+    with pytest.raises(UserError, match=r"tensor 'lm_head\.weight' holds values that are not finite"):
+        quantise(torch.tensor([[1.0, float("nan")]]), "lm_head.weight")
