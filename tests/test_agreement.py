@@ -5,16 +5,18 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 import pytest
 import torch
 from trained import Converted
 
 from ir_convert.evaluate import logits as torch_logits
+from ir_convert.export.onnx import write
 from ir_convert.families import UNITS
+from ir_convert.routing import Routing
 from ir_convert.runtime import OnnxModel
 from ir_convert.units import merge
 
@@ -124,7 +126,7 @@ def run_torch(converted: Converted, ids: torch.Tensor, threshold: float) -> tupl
                 routed = converted.routing.units[index, unit]
                 h = layer.norm(unit, x)
                 scores.append(routed.router(h))
-                x = x + merge(scores[-1] > threshold, layer.run(unit, h), routed.forecaster(h))
+                x = x + merge(scores[-1] > threshold, layer.contribution(unit, x), routed.forecaster(h))
         return torch.stack(scores), converted.decoder.head()(x)
 
 
@@ -144,21 +146,14 @@ def run_hf(converted: Converted, ids: torch.Tensor, threshold: float) -> tuple[t
 
 
 def run_ort(converted: Converted, ids: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns decisions ``[units, batch, sequence]`` and logits of the ONNX model, its decisions made outputs."""
-    proto = onnx.load(converted.onnx, load_external_data=False)
-    names = [
-        f"layers.{layer}.{unit}.execute"
-        for layer in range(converted.checkpoint.config.num_hidden_layers)
-        for unit in UNITS
-    ]
-    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    watched = converted.onnx.with_name("watched.onnx")
-    onnx.save(proto, watched)
-    model = OnnxModel.load(watched, threshold=threshold)
-    logits, rest = model.forward(ids.numpy())
-    decisions = rest[-len(names) :]
-    watched.unlink()
-    return torch.from_numpy(np.stack(decisions)), torch.from_numpy(logits)
+    """Returns decisions ``[units, batch, sequence]`` and logits of the ONNX model, exported once more with its trace."""
+    with TemporaryDirectory() as folder:
+        routing = Routing.load(converted.onnx.with_name(f"{converted.onnx.stem}.routing.safetensors"))
+        write(converted.checkpoint, routing, Path(folder), "traced.onnx", trace=True)
+        model = OnnxModel.load(folder, threshold=threshold)
+        logits, _ = model.forward(ids.numpy())
+    assert model.executed is not None
+    return torch.from_numpy(model.executed).flatten(0, 1), torch.from_numpy(logits)
 
 
 def greedy(logits: Callable[[torch.Tensor], torch.Tensor], row: torch.Tensor) -> list[int]:

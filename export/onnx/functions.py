@@ -7,70 +7,143 @@ gathers of a unit and by the scatter that merges its output into the forecast. K
 token; with a strict KV cache for executed tokens only. A plain unit takes neither forecast nor execute.
 
 The signatures are stable: a native library may register kernels under the same names (domain ``ir``), which then replace
-these bodies. Every call passes the inputs in the order of ``ATTENTION_INPUTS`` or ``MLP_INPUTS``; an optional input that a
-model lacks is an empty name, and the body is built without it. Weights are ``[in, out]``.
+these bodies. Every call passes the inputs in the order of ``ATTENTION_INPUTS``, ``MLP_INPUTS`` or ``MOE_INPUTS``; an optional
+input that a model lacks is an empty name, and the body is built without it. So it is with an attribute that has its default.
+Weights are ``[in, out]``.
+
+What follows a unit before its output is added to the stream belongs to it, for the forecast is of all that is added: optional
+post_norm ``F[d]``, an RMS norm, then a factor, the attribute residual_multiplier (float, default 1).
+
+In the domain ``ir.int4`` are the same functions for weights in int4, a domain of its own so that a library without kernels for
+them leaves them to ONNX Runtime. There ``*_weight`` is MatMulNBits' uint8 ``[out, blocks, 16]``, and after the inputs above come
+each projection's ``*_scales`` ``F[out, blocks]``, then each one's optional ``*_zero_points``; see ``int4.py``.
 """
 
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
 
 import onnx_ir as ir
 from onnxscript import OpBuilder, build_function
 
+from . import attention as attention_bodies
+from . import mlp as mlp_bodies
+from . import moe as moe_bodies
+from .body import MICROSOFT, PLAIN, Features, Inputs
 from .names import tidy
 
-DOMAIN, VERSION, OPSET = "ir", 1, 23
+DOMAIN, INT4_DOMAIN, VERSION, OPSET = "ir", "ir.int4", 1, 24
+OPSETS = {"": OPSET, MICROSOFT: 1}  # what the bodies are written in
 
+MLP_PROJECTIONS, ATTENTION_PROJECTIONS = ("gate", "up", "down"), ("q", "k", "v", "o")
 MLP_INPUTS = (
-    "h",
-    "forecast",
-    "execute",
-    "gate_weight",
-    "up_weight",
-    "down_weight",
-    "gate_bias",
-    "up_bias",
-    "down_bias",
+    *("h", "forecast", "execute", "gate_weight", "up_weight", "down_weight"),
+    *("gate_bias", "up_bias", "down_bias", "post_norm"),
 )
+MOE_INPUTS = ("h", "forecast", "execute", "gate_weight", "gate_up_weight", "down_weight", "post_norm")
 ATTENTION_INPUTS = (
-    *("h", "forecast", "execute", "cos", "sin", "mask", "past_key", "past_value"),
+    *("h", "forecast", "execute", "cos", "sin", "mask", "start", "past_key", "past_value"),
     *("q_weight", "k_weight", "v_weight", "o_weight", "q_bias", "k_bias", "v_bias", "o_bias", "q_norm", "k_norm"),
+    "post_norm",
 )
 ROUTING = ("forecast", "execute")  # the inputs that a plain unit is without
-OPTIONAL = frozenset(name for name in MLP_INPUTS + ATTENTION_INPUTS if name.endswith(("_bias", "_norm")))
+OPTIONAL = ("_bias", "_norm", "_zero_points")  # how the names of optional inputs end
+# The types that are the same at every precision.
+TYPES = {"execute": ir.DataType.BOOL, "mask": ir.DataType.BOOL, "start": ir.DataType.INT64}
 
-Inputs = dict[str, Any]  # ir.Value by name; None where an optional input is absent
+Body = Callable[[OpBuilder, Inputs], list[ir.Value]]
+Int4Attributes = Mapping[str, Mapping[str, int]]  # of MatMulNBits, by projection
 
 
-def mlp(optional: Collection[str] = (), routed: bool = True) -> ir.Function:
-    """Builds ``ir.RoutedMLP``, or ``ir.DenseMLP``.
+def mlp(
+    optional: Collection[str] = (),
+    routed: bool = True,
+    dtype: ir.DataType = ir.DataType.FLOAT,
+    int4: Int4Attributes | None = None,
+    features: Features = PLAIN,
+) -> ir.Function:
+    """Builds ``RoutedMLP``, or ``DenseMLP``.
 
-    Inputs (``MLP_INPUTS``), S tokens in each of B sequences, T a float type:
-        h ``T[B, S, d]``: normalised hidden states. forecast ``T[B, S, d]``. execute ``bool[B, S]``.
-        gate_weight, up_weight ``T[d, f]``, down_weight ``T[f, d]``; optional gate_bias, up_bias ``T[f]``, down_bias ``T[d]``.
-    Output: output ``T[B, S, d]``. No attributes.
+    Inputs (``MLP_INPUTS``), S tokens in each of B sequences, F a float type:
+        h ``F[B, S, d]``: what the unit sees. forecast ``F[B, S, d]``. execute ``bool[B, S]``.
+        gate_weight, up_weight ``F[d, f]``, down_weight ``F[f, d]``; optional gate_bias, up_bias ``F[f]``, down_bias, post_norm
+        ``F[d]``.
+    Output: output ``F[B, S, d]``.
+    Attributes: activation (string, default ``silu``; or ``gelu_pytorch_tanh``); epsilon (float) of post_norm;
+    residual_multiplier.
 
     Args:
         optional: the optional inputs that every call provides.
         routed: whether tokens are chosen; if not, forecast and execute are no inputs.
+        dtype: F.
+        int4: makes it a function for weights in int4.
+        features: what else the unit does; attributes say it as well.
     """
-    name, body, doc = ("RoutedMLP", _routed_mlp, _ROUTED_MLP) if routed else ("DenseMLP", _dense_mlp, _DENSE_MLP)
-    return _function(name, body, _inputs(MLP_INPUTS, routed), ("output",), optional, [], doc)
+    name, body, doc = (
+        ("RoutedMLP", mlp_bodies.routed, _ROUTED_MLP) if routed else ("DenseMLP", mlp_bodies.dense, _DENSE_MLP)
+    )
+    inputs = _inputs(MLP_INPUTS, MLP_PROJECTIONS, routed, int4)
+    attributes = [ir.Attr("activation", ir.AttributeType.STRING, "silu"), *_CONTRIBUTION]
+    return _function(name, body, inputs, ("output",), optional, attributes, doc, dtype, int4, features)
 
 
-def attention(optional: Collection[str] = (), routed: bool = True, kv_cache: str = "full") -> ir.Function:
-    """Builds ``ir.RoutedAttention``, ``ir.RoutedAttentionStrict`` or ``ir.DenseAttention``.
+def moe(
+    optional: Collection[str] = (),
+    routed: bool = True,
+    dtype: ir.DataType = ir.DataType.FLOAT,
+    features: Features = PLAIN,
+) -> ir.Function:
+    """Builds ``RoutedMoE``, or ``DenseMoE``: an MLP that is a mixture of E experts, on com.microsoft's MoE.
 
-    Inputs (``ATTENTION_INPUTS``), S new tokens after P cached ones in each of B sequences, H query heads, K key/value heads
-    of width D, T a float type:
-        h ``T[B, S, d]``: normalised hidden states. forecast ``T[B, S, d]``. execute ``bool[B, S]``.
-        cos, sin ``T[B, S, D / 2]``: rotary embedding of each new token.
-        mask ``bool[B, S, P + S]``: True where a query sees a key; every query sees some.
-        past_key, past_value ``T[B, K, P, D]``.
-        q_weight ``T[d, H D]``, k_weight, v_weight ``T[d, K D]``, o_weight ``T[H D, d]``; optional biases; optional q_norm,
-        k_norm ``T[D]``: RMS norm of each head before the rotary embedding.
-    Outputs: output ``T[B, S, d]``; present_key, present_value ``T[B, K, P + S, D]``.
-    Attributes: num_heads, kv_num_heads (int); scale (float) of the scores; epsilon (float) of q_norm and k_norm.
+    Inputs (``MOE_INPUTS``), S tokens in each of B sequences, F a float type:
+        h ``F[B, S, d]``: what the unit sees. forecast ``F[B, S, d]``. execute ``bool[B, S]``.
+        gate_weight ``F[d, E]``: scores the experts. gate_up_weight ``F[E, 2 f, d]``: the rows of each expert's gate and up by
+        turns. down_weight ``F[E, d, f]``. Optional post_norm ``F[d]``.
+    Output: output ``F[B, S, d]``.
+    Attributes: experts_per_token (int); normalize (int): whether the weights of a token's experts, their share of the softmax
+    over all, are made to add up to 1; epsilon (float) of post_norm; residual_multiplier.
+
+    Args:
+        optional: the optional inputs that every call provides.
+        routed: whether tokens are chosen; if not, forecast and execute are no inputs.
+        dtype: F.
+        features: what else the unit does; attributes say it as well.
+    """
+    name, body, doc = (
+        ("RoutedMoE", moe_bodies.routed, _ROUTED_MOE) if routed else ("DenseMoE", moe_bodies.dense, _DENSE_MOE)
+    )
+    attributes = [
+        ir.Attr("experts_per_token", ir.AttributeType.INT, None),
+        ir.Attr("normalize", ir.AttributeType.INT, None),
+        *_CONTRIBUTION,
+    ]
+    inputs = _inputs(MOE_INPUTS, (), routed, None)
+    return _function(name, body, inputs, ("output",), optional, attributes, doc, dtype, None, features)
+
+
+def attention(
+    optional: Collection[str] = (),
+    routed: bool = True,
+    kv_cache: str = "full",
+    dtype: ir.DataType = ir.DataType.FLOAT,
+    int4: Int4Attributes | None = None,
+    features: Features = PLAIN,
+) -> ir.Function:
+    """Builds ``RoutedAttention``, ``RoutedAttentionStrict`` or ``DenseAttention``.
+
+    Inputs (``ATTENTION_INPUTS``), S new tokens in each of B sequences, H query heads, K key/value heads
+    of width D, F a float type:
+        h ``F[B, S, d]``: what the unit sees. forecast ``F[B, S, d]``. execute ``bool[B, S]``.
+        cos, sin ``F[B, S, R / 2]``: rotary embedding of each new token, of the first R of a head's D components.
+        mask ``bool[B, S, T]``: True where a query sees a slot of the cache; every query sees some. T slots are in use.
+        start ``int64[B]``: the slot of the first new token, T - S, in every sequence.
+        past_key, past_value ``F[B, K, P, D]``: P = T - S, and the present has T slots; or P >= T, and the present has P, of
+        which those from start on are written: in place, where the caller binds past and present to one buffer.
+        q_weight ``F[d, H D]``, k_weight, v_weight ``F[d, K D]``, o_weight ``F[H D, d]``; optional biases; optional q_norm,
+        k_norm ``F[D]``: RMS norm of each head before the rotary embedding; or ``F[H D]``, ``F[K D]``: of all heads together.
+        Optional post_norm ``F[d]``.
+    Outputs: output ``F[B, S, d]``; present_key, present_value ``F[B, K, max(P, T), D]``.
+    Attributes: num_heads, kv_num_heads, head_dim (int); scale (float) of the scores; epsilon (float) of all norms; softcap
+    (float, default 0: none): c, where scaled scores become c tanh(score / c), before the mask; rotary_dim (int, default 0: R is
+    D): R; residual_multiplier.
 
     Strict: an approximated token's keys and values are exactly zero, and a token whose key is zero in every head is seen by
     no query. So the cache itself says who is in it, in the shape that every runtime expects.
@@ -79,202 +152,88 @@ def attention(optional: Collection[str] = (), routed: bool = True, kv_cache: str
         optional: the optional inputs that every call provides.
         routed: whether tokens are chosen; if not, forecast and execute are no inputs.
         kv_cache: of a routed unit: ``full``, keys and values for every token, or ``strict``, for executed tokens only.
+        dtype: F.
+        int4: makes it a function for weights in int4.
+        features: what else the unit does; inputs' shapes and attributes say it as well.
     """
     if not routed:
-        name, body, doc = "DenseAttention", _dense_attention, _DENSE_ATTENTION
+        name, body, doc = "DenseAttention", attention_bodies.dense, _DENSE_ATTENTION
     elif kv_cache == "strict":
-        name, body, doc = "RoutedAttentionStrict", _strict_attention, _STRICT_ATTENTION
+        name, body, doc = "RoutedAttentionStrict", attention_bodies.strict, _STRICT_ATTENTION
     else:
-        name, body, doc = "RoutedAttention", _routed_attention, _ROUTED_ATTENTION
+        name, body, doc = "RoutedAttention", attention_bodies.routed, _ROUTED_ATTENTION
     attributes = [
         ir.Attr("num_heads", ir.AttributeType.INT, None),
         ir.Attr("kv_num_heads", ir.AttributeType.INT, None),
+        ir.Attr("head_dim", ir.AttributeType.INT, None),
         ir.Attr("scale", ir.AttributeType.FLOAT, None),
-        ir.Attr("epsilon", ir.AttributeType.FLOAT, None),
+        ir.Attr("softcap", ir.AttributeType.FLOAT, 0.0),
+        ir.Attr("rotary_dim", ir.AttributeType.INT, 0),
+        *_CONTRIBUTION,
     ]
     outputs = ("output", "present_key", "present_value")
-    return _function(name, body, _inputs(ATTENTION_INPUTS, routed), outputs, optional, attributes, doc)
+    inputs = _inputs(ATTENTION_INPUTS, ATTENTION_PROJECTIONS, routed, int4)
+    return _function(name, body, inputs, outputs, optional, attributes, doc, dtype, int4, features)
 
 
-_DENSE_MLP = "output = down(silu(gate(h)) * up(h))."
+_CONTRIBUTION = (
+    ir.Attr("epsilon", ir.AttributeType.FLOAT, 1e-5),
+    ir.Attr("residual_multiplier", ir.AttributeType.FLOAT, 1.0),
+)
+_DENSE_MLP = "output = residual_multiplier * post_norm(down(activation(gate(h)) * up(h)))."
 _ROUTED_MLP = """\
-output = down(silu(gate(h)) * up(h)) where execute, forecast elsewhere.
+output = residual_multiplier * post_norm(down(activation(gate(h)) * up(h))) where execute, forecast elsewhere.
+Only the executed tokens' rows of h enter the products."""
+_DENSE_MOE = "output = residual_multiplier * post_norm(sum of weight * expert(h) over the best experts by gate(h))."
+_ROUTED_MOE = """\
+output = residual_multiplier * post_norm(sum of weight * expert(h) over the best experts by gate(h)) where execute, forecast
+elsewhere.
 Only the executed tokens' rows of h enter the products."""
 _DENSE_ATTENTION = """\
 k, v = key(h), value(h), appended to the cache;
-output = o(softmax(scale * q(h) k^T where mask) v)."""
+output = residual_multiplier * post_norm(o(softmax(scale * q(h) k^T where mask) v))."""
 _ROUTED_ATTENTION = """\
 k, v = key(h), value(h), appended to the cache for every token;
-output = o(softmax(scale * q(h) k^T where mask) v) where execute, forecast elsewhere.
+output = residual_multiplier * post_norm(o(softmax(scale * q(h) k^T where mask) v)) where execute, forecast elsewhere.
 Only the executed tokens' rows of h enter q, the scores and o."""
 _STRICT_ATTENTION = """\
 k, v = key(h), value(h) where execute, zero elsewhere, appended to the cache;
-output = o(softmax(scale * q(h) k^T where mask and k is not zero) v) where execute, forecast elsewhere.
+output = residual_multiplier * post_norm(o(softmax(scale * q(h) k^T where mask and k is not zero) v)) where execute, forecast
+elsewhere.
 Only the executed tokens' rows of h enter q, k, v, the scores and o."""
 
 
-def _dense_mlp(op: OpBuilder, x: Inputs) -> list[ir.Value]:
-    """h -> gate, up -> silu * -> down"""
-    return [_gated(op, x["h"], x)]
-
-
-def _routed_mlp(op: OpBuilder, x: Inputs) -> list[ir.Value]:
-    """execute -> NonZero -> rows;  h -> GatherND(rows) -> gate, up -> silu * -> down -> ScatterND(forecast, rows)"""
-    rows = _executed(op, x["execute"])  # [n, 2]
-    return [op.ScatterND(x["forecast"], rows, _gated(op, op.GatherND(x["h"], rows), x))]
-
-
-def _gated(op: OpBuilder, h: ir.Value, x: Inputs) -> ir.Value:
-    """``[..., d]`` -> ``[..., d]``"""
-    gate, up = _linear(op, h, x, "gate"), _linear(op, h, x, "up")  # [..., f]
-    return _linear(op, op.Mul(op.Mul(gate, op.Sigmoid(gate)), up), x, "down")
-
-
-def _dense_attention(op: OpBuilder, x: Inputs) -> list[ir.Value]:
-    """h -> k, v -> present;  h -> q -> (norm) -> rotary -> Attention -> o"""
-    key, value = _append(op, x, _linear(op, x["h"], x, "k"), _linear(op, x["h"], x, "v"))
-    query = _heads(op, _linear(op, x["h"], x, "q"), [0, 0], "num_heads", [-1])
-    query = op.Transpose(_norm(op, query, x["q_norm"]), perm=[0, 2, 1, 3])  # [B, H, S, D]
-    query = op.RotaryEmbedding(query, x["cos"], x["sin"])
-    y = _core(op, query, key, value, op.Unsqueeze(x["mask"], [1]))  # [B, S, H, D]
-    return [_linear(op, op.Reshape(y, [0, 0, -1]), x, "o"), key, value]
-
-
-def _routed_attention(op: OpBuilder, x: Inputs) -> list[ir.Value]:
-    """h -> k, v -> present;  If(any executed): _attend, else: forecast"""
-    key, value = _append(op, x, _linear(op, x["h"], x, "k"), _linear(op, x["h"], x, "v"))
-    rows = _executed(op, x["execute"])  # [n, 2]
-    return [_if_any(op, x, rows, lambda op: _attend(op, x, rows, key, value, x["mask"])), key, value]
-
-
-def _strict_attention(op: OpBuilder, x: Inputs) -> list[ir.Value]:
-    """execute -> rows;  h -> GatherND(rows) -> k, v -> ScatterND(0, rows) -> present;  as _routed_attention"""
-    rows = _executed(op, x["execute"])  # [n, 2]
-    h = op.GatherND(x["h"], rows)  # [n, d]
-
-    def project(name: str) -> ir.Value:
-        shape = op.Concat(op.Shape(x["execute"]), op.Shape(x[f"{name}_weight"], start=1), axis=0)
-        return op.ScatterND(op.Expand(op.CastLike(0.0, h), shape), rows, _linear(op, h, x, name))  # [B, S, K D]
-
-    # Zero stays zero under the norm and the rotary embedding.
-    key, value = _append(op, x, project("k"), project("v"))
-
-    def attend(op: OpBuilder) -> ir.Value:
-        kept = op.Greater(op.ReduceMax(op.Abs(key), [1, 3], keepdims=0), op.CastLike(0.0, key))  # [B, P + S]
-        return _attend(op, x, rows, key, value, op.And(x["mask"], op.Unsqueeze(kept, [1])))
-
-    return [_if_any(op, x, rows, attend), key, value]
-
-
-def _append(op: OpBuilder, x: Inputs, key: ir.Value, value: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """k, v ``[B, S, K D]`` -> (norm) -> rotary of k -> Concat(past): both ``[B, K, P + S, D]``"""
-    key = _heads(op, key, [0, 0], "kv_num_heads", [-1])  # [B, S, K, D]
-    key = op.Transpose(_norm(op, key, x["k_norm"]), perm=[0, 2, 1, 3])  # [B, K, S, D]
-    value = op.Transpose(_heads(op, value, [0, 0], "kv_num_heads", [-1]), perm=[0, 2, 1, 3])
-    key = op.RotaryEmbedding(key, x["cos"], x["sin"])
-    return op.Concat(x["past_key"], key, axis=2), op.Concat(x["past_value"], value, axis=2)
-
-
-def _if_any(op: OpBuilder, x: Inputs, rows: ir.Value, attend: Callable[[OpBuilder], ir.Value]) -> ir.Value:
-    """Attention takes no empty batch, so a step in which nothing executes goes around it."""
-    return op.If(
-        op.Greater(op.Shape(rows, end=1), 0),
-        then_branch=_branch(op, "executed", attend),
-        else_branch=_branch(op, "approximated", lambda op: op.Identity(x["forecast"])),
-    )
-
-
-def _attend(op: OpBuilder, x: Inputs, rows: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Value) -> ir.Value:
-    """h -> GatherND(rows) -> q -> (norm) -> rotary -> Gather(slots) -> Attention -> GatherND(used) -> o -> ScatterND
-
-    Sequences execute different numbers of tokens. The products run on exactly the n executed rows; only for the attention
-    core are these laid out as ``[B, W]``, W the longest sequence's count. A slot past a sequence's own count repeats row 0,
-    and its result is dropped.
-    """
-    query = _linear(op, op.GatherND(x["h"], rows), x, "q")  # [n, H D]
-    query = _norm(op, _heads(op, query, [0], "num_heads", [1, -1]), x["q_norm"])  # [n, H, 1, D]
-    query = op.RotaryEmbedding(query, *(op.Unsqueeze(op.GatherND(x[part], rows), [1]) for part in ("cos", "sin")))
-
-    counts = op.ReduceSum(op.Cast(x["execute"], to=ir.DataType.INT64), [1], keepdims=1)  # [B, 1]
-    ranks = op.Range(0, op.ReduceMax(counts, keepdims=0), 1)  # [W]
-    used = op.Less(ranks, counts)  # [B, W]
-    slots = op.Where(used, op.Add(op.CumSum(counts, 0, exclusive=1), ranks), 0)  # [B, W]: which of the n rows
-
-    query = op.Transpose(op.Squeeze(op.Gather(query, slots), [3]), perm=[0, 2, 1, 3])  # [B, H, W, D]
-    mask = op.Unsqueeze(op.GatherND(mask, op.Gather(rows, slots)), [1])  # [B, 1, W, P + S]
-    y = op.GatherND(_core(op, query, key, value, mask), _executed(op, used))  # [n, H, D]
-    return op.ScatterND(x["forecast"], rows, _linear(op, op.Reshape(y, [0, -1]), x, "o"))
-
-
-def _core(op: OpBuilder, query: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Value) -> ir.Value:
-    """``[B, H, W, D]`` -> Attention -> ``[B, W, H, D]``"""
-    y = op.Attention(query, key, value, mask, scale=_reference("scale", "scale", ir.AttributeType.FLOAT))
-    return op.Transpose(y, perm=[0, 2, 1, 3])
-
-
-def _executed(op: OpBuilder, flags: ir.Value | None) -> ir.Value:
-    """bool ``[B, S]`` -> the (sequence, place) of every True, in order ``[n, 2]``."""
-    return op.Transpose(op.NonZero(flags), perm=[1, 0])
-
-
-def _linear(op: OpBuilder, x: ir.Value, inputs: Inputs, name: str) -> ir.Value:
-    y, bias = op.MatMul(x, inputs[f"{name}_weight"]), inputs[f"{name}_bias"]
-    return y if bias is None else op.Add(y, bias)
-
-
-def _norm(op: OpBuilder, x: ir.Value, weight: ir.Value | None) -> ir.Value:
-    if weight is None:
-        return x
-    return op.RMSNormalization(x, weight, epsilon=_reference("epsilon", "epsilon", ir.AttributeType.FLOAT))
-
-
-def _heads(op: OpBuilder, x: ir.Value, before: list[int], heads: str, after: list[int]) -> ir.Value:
-    """Splits the last axis into heads: reshapes to ``[*before, the attribute heads, *after]``."""
-    count = op.Constant(value_int=_reference("value_int", heads, ir.AttributeType.INT))
-    count.type = ir.TensorType(ir.DataType.INT64)
-    return op.Reshape(x, op.Concat(before, op.Unsqueeze(count, [0]), after, axis=0))
-
-
-def _branch(op: OpBuilder, name: str, trace: Callable[[OpBuilder], ir.Value]) -> ir.Graph:
-    """Traces one branch of an If; it sees the values around it."""
-
-    def scoped(inner: OpBuilder) -> ir.Value:
-        inner.builder.push_module(name)
-        return trace(inner)
-
-    return op.builder.subgraph(scoped, [], [ir.Value(name="")], name=name)
-
-
-def _reference(name: str, attribute: str, kind: ir.AttributeType) -> ir.Attr:
-    """A node attribute that takes the value of the function's attribute."""
-    return ir.RefAttr(name, attribute, kind)
-
-
-def _inputs(names: tuple[str, ...], routed: bool) -> tuple[str, ...]:
+def _inputs(
+    names: tuple[str, ...], projections: tuple[str, ...], routed: bool, int4: Int4Attributes | None
+) -> tuple[str, ...]:
+    if int4 is not None:
+        names += tuple(f"{name}_{part}" for part in ("scales", "zero_points") for name in projections)
     return names if routed else tuple(name for name in names if name not in ROUTING)
 
 
 def _function(
     name: str,
-    trace: Callable[[OpBuilder, Inputs], list[ir.Value]],
+    body: Body,
     inputs: tuple[str, ...],
     outputs: tuple[str, ...],
     optional: Collection[str],
     attributes: list[ir.Attr],
     doc: str,
+    dtype: ir.DataType,
+    int4: Int4Attributes | None,
+    features: Features,
 ) -> ir.Function:
-    absent = {name for name in inputs if name in OPTIONAL and name not in optional}
-    # The types of the two masks are the same at every precision; the others stay open.
-    values = {name: ir.Value(name=name) for name in inputs}
-    for mask in {"execute", "mask"} & set(inputs):
-        values[mask].type = ir.TensorType(ir.DataType.BOOL)
+    values = {name: ir.Value(name=name, type=ir.TensorType(TYPES.get(name, dtype))) for name in inputs}
+    for projection in int4 or ():
+        values[f"{projection}_weight"].type = ir.TensorType(ir.DataType.UINT8)
+    present = {name: value for name, value in values.items() if not name.endswith(OPTIONAL) or name in optional}
     function = build_function(
-        lambda op, *_: trace(op, {name: None if name in absent else value for name, value in values.items()}),
+        lambda op, *_: body(op, Inputs(present, int4 or {}, features)),
         list(values.values()),
-        domain=DOMAIN,
+        domain=DOMAIN if int4 is None else INT4_DOMAIN,
         name=name,
         attributes=attributes,
-        opset_imports={"": OPSET},
+        opset_imports=OPSETS,
     )
     tidy(function)
     for value, output in zip(function.outputs, outputs, strict=True):

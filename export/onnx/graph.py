@@ -8,13 +8,15 @@ in every layer, for attention, then for the MLP:
     x        = x + ir::RoutedAttention / ir::RoutedMLP (h, forecast, execute, weights)
     or, where the unit is not routed,
     x        = x + ir::DenseAttention / ir::DenseMLP (h, weights)
+    An MLP that is a mixture of experts is RoutedMoE or DenseMoE. A unit without a norm sees x; its decision sees x over its RMS.
 logits = head(norm(x))
 """
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import onnx_ir as ir
@@ -24,18 +26,23 @@ from onnxscript import GraphBuilder
 
 import ir_convert
 from ir_convert.checkpoint import Checkpoint
-from ir_convert.families import UNITS, head_dim, projection_sizes, sliding_windows
+from ir_convert.families import UNITS, experts_of, head_dim, sliding_windows
 from ir_convert.flops import Budget
 from ir_convert.routing import Routing
 from ir_convert.units import RoutedUnit
 
-from .functions import DOMAIN, OPSET, VERSION, attention, mlp
+from .body import MICROSOFT, Features
+from .decide import decide
+from .functions import DOMAIN, INT4_DOMAIN, OPSETS, OPTIONAL, VERSION, attention, mlp, moe
+from .int4 import Int4
+from .int8 import ATTRIBUTES, int8_tensors
 from .names import tidy
-from .positions import attention_masks, new_tokens, rotary_embedding, token_threshold
-from .saved import flops_saved
-from .weights import lazy_tensor
+from .positions import attention_masks, first_slots, new_tokens, token_threshold
+from .rotary import rotations
+from .saved import flops_saved, trace
+from .stored import Stored
 
-IR_VERSION = 10
+IR_VERSION = 11
 INT64, FLOAT = ir.DataType.INT64, ir.DataType.FLOAT
 
 _DOC = """\
@@ -45,20 +52,24 @@ dense model, +inf approximates everything. routing_saved is the share of the lin
 values are kept for {kept}."""
 
 
-def decoder(checkpoint: Checkpoint, routing: Routing, dtype: torch.dtype) -> ir.Model:
+def decoder(
+    checkpoint: Checkpoint, routing: Routing, dtype: torch.dtype, int4: Int4 | None = None, traced: bool = False
+) -> ir.Model:
     """Builds the routed decoder.
 
-    Inputs, B sequences of S new tokens after P cached ones: int64 input_ids ``[B, S]``, attention_mask ``[B, P + S]``,
-    position_ids ``[B, S]``; past_key_values.N.key and .value ``[B, K, P, D]``; optional routing_threshold fp32 ``[1]``.
-    Outputs: logits ``[B, S, vocab]``; present.N.key and .value ``[B, K, P + S, D]``; routing_saved fp32 ``[1]``: the share of
-    the FLOPs that routing saved on this call's real tokens, as ``Budget.sparsity`` counts it.
+    Inputs, B sequences of S new tokens: int64 input_ids ``[B, S]``, attention_mask ``[B, T]`` for these and the T - S before
+    them, position_ids ``[B, S]``; past_key_values.N.key and .value ``[B, K, P, D]``, P = T - S, or P >= T: then they are
+    buffers with room, to bind as present too; optional routing_threshold fp32 ``[1]``.
+    Outputs: logits ``[B, S, vocab]``; present.N.key and .value ``[B, K, max(P, T), D]``; routing_saved fp32 ``[1]``: the share
+    of the FLOPs that routing saved on this call's real tokens, as ``Budget.sparsity`` counts it. With ``traced``, executed
+    bool ``[layers, 2, B, S]``: which tokens each layer's attention and MLP executed.
 
     Padding, left or right, is what attention_mask says it is; padding tokens are never executed.
 
     Returns:
         A model whose weights are read from the checkpoint while it is being saved.
     """
-    return _Decoder(checkpoint, routing, dtype).build()
+    return _Decoder(checkpoint, routing, dtype, int4, traced).build()
 
 
 def metadata(checkpoint: Checkpoint, routing: Routing) -> dict[str, Any]:
@@ -89,21 +100,36 @@ def metadata(checkpoint: Checkpoint, routing: Routing) -> dict[str, Any]:
 class _Decoder:
     """The graph under construction."""
 
-    def __init__(self, checkpoint: Checkpoint, routing: Routing, dtype: torch.dtype) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, routing: Routing, dtype: torch.dtype, int4: Int4 | None, traced: bool
+    ) -> None:
         self.checkpoint, self.routing, self.config = checkpoint, routing, checkpoint.config
         self.dtype, self.ir_dtype = dtype, from_torch_dtype(dtype)
-        self.sizes = projection_sizes(self.config)
+        self.traced, self.int4 = traced, int4
         self.head_dim = head_dim(self.config)
-        self.graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET, DOMAIN: VERSION}, name="ir_decoder")
+        self.graph = ir.Graph(
+            [],
+            [],
+            nodes=[],
+            opset_imports={**OPSETS, DOMAIN if int4 is None else INT4_DOMAIN: VERSION},
+            name="ir_decoder",
+        )
         self.builder = GraphBuilder(self.graph)
         self.op = self.builder.op
+        self.stored = Stored(self.builder, checkpoint, dtype, int4)
+        family = checkpoint.family
+        self.features = Features(
+            activation=getattr(self.config, family.activation),
+            whole_norms=family.attention.whole_norms,
+            scaled=family.residual_multiplier(self.config) != 1,
+        )
         self.functions: dict[tuple[str, bool], ir.Function] = {}  # by unit, and whether it is routed
         self.executed: dict[tuple[int, str], ir.Value] = {}  # by routed unit
 
     def build(self) -> ir.Model:
         op, config, vocabulary = self.op, self.config, self.config.vocab_size
         input_ids = self.builder.input("input_ids", INT64, ["batch", "sequence"])
-        attention_mask = self.builder.input("attention_mask", INT64, ["batch", "past+sequence"])
+        attention_mask = self.builder.input("attention_mask", INT64, ["batch", "total"])
         position_ids = self.builder.input("position_ids", INT64, ["batch", "sequence"])
         pasts = [
             [
@@ -115,28 +141,35 @@ class _Decoder:
         default = ir.tensor([self.routing.threshold], dtype=FLOAT, name="routing_threshold")
         threshold = self.builder.input("routing_threshold", FLOAT, [1], const_value=default)
 
-        past = op.Shape(pasts[0][0], start=2, end=3)
+        first, self.start = first_slots(op, input_ids, attention_mask)
         real = op.Cast(attention_mask, to=ir.DataType.BOOL)
         windows = sliding_windows(config)
-        new = new_tokens(op, real, past)
+        new = new_tokens(op, real, first)
         self.token_threshold = token_threshold(op, new, threshold)
-        self.cos, self.sin = rotary_embedding(op, config, position_ids, self.ir_dtype)
-        masks = attention_masks(op, real, past, set(windows))
+        self.rotations = rotations(op, config, position_ids, self.ir_dtype)
+        masks = attention_masks(op, real, first, set(windows))
 
-        embedding = self._weight(self.checkpoint.family.embedding, vocabulary, config.hidden_size)
+        family = self.checkpoint.family
+        embedding = self.stored.weight(family.embedding, vocabulary, config.hidden_size)
         x = op.Gather(embedding, input_ids, _outputs=["embedding"])
+        if (scale := family.embedding_scale(config)) != 1:
+            x = op.Mul(x, scale, _outputs=["scaled_embedding"])
         presents = []
         for layer, window in enumerate(windows):
             x, *present = self._layer(x, layer, masks[window], pasts[layer])
             presents.append(present)
-        logits = self._head(self._norm(x, self.checkpoint.family.final_norm), embedding)
+        logits = self._capped(self._head(self._norm(x, family.final_norm), embedding))
 
         self._output(logits, "logits", ["batch", "sequence", vocabulary])
         for layer, present in enumerate(presents):
             for part, value in zip(("key", "value"), present, strict=True):
-                self._output(value, f"present.{layer}.{part}", self._cache_shape("past+sequence"))
+                self._output(value, f"present.{layer}.{part}", self._cache_shape("present"))
         budget = Budget.of(config, self.routing.units, self.routing.kv_cache)
         self._output(flops_saved(op, budget, self.executed, new), "routing_saved", [1], FLOAT)
+        if self.traced:
+            shape: list[int | str] = [config.num_hidden_layers, len(UNITS), "batch", "sequence"]
+            flags = trace(op, self.executed, new, config.num_hidden_layers)
+            self._output(flags, "executed", shape, ir.DataType.BOOL)
         tidy(self.graph)
         self.graph.doc_string = _DOC.format(
             kept="every token" if self.routing.kv_cache == "full" else "executed tokens"
@@ -152,15 +185,27 @@ class _Decoder:
 
     def _layer(self, x: ir.Value, layer: int, mask: ir.Value, past: list[ir.Value]) -> list[ir.Value]:
         """x -> norm, decide -> RoutedAttention -> + x -> norm, decide -> RoutedMLP -> + x;  returns x, key, value."""
-        positions = {"cos": self.cos, "sin": self.sin, "mask": mask, "past_key": past[0], "past_value": past[1]}
-        attributes = {
+        family, rotation = self.checkpoint.family, self.rotations[layer]
+        positions = {"cos": rotation.cos, "sin": rotation.sin, "mask": mask, "start": self.start}
+        positions |= {"past_key": past[0], "past_value": past[1]}
+        attributes: dict[str, int | float | str] = {
             "num_heads": self.config.num_attention_heads,
             "kv_num_heads": self.config.num_key_value_heads,
-            "scale": self.head_dim**-0.5,
+            "head_dim": self.head_dim,
+            "scale": family.attention_scale(self.config),
             "epsilon": self.config.rms_norm_eps,
         }
+        if (softcap := family.attention_softcap(self.config)) is not None:
+            attributes["softcap"] = softcap
+        if rotation.width != self.head_dim:
+            attributes["rotary_dim"] = rotation.width
         x, key, value = self._unit(x, layer, "attention", positions, attributes, ["output", "key", "value"])
-        (x,) = self._unit(x, layer, "mlp", {}, {}, ["output"])
+        attributes = {"epsilon": self.config.rms_norm_eps} if family.mlp.post_norm else {}
+        if (experts := experts_of(self.config)) is not None:
+            attributes |= {"experts_per_token": experts.active, "normalize": int(self.config.norm_topk_prob)}
+        if self.features.activation != "silu":
+            attributes["activation"] = self.features.activation
+        (x,) = self._unit(x, layer, "mlp", {}, attributes, ["output"])
         return [x, key, value]
 
     def _unit(
@@ -169,102 +214,69 @@ class _Decoder:
         layer: int,
         unit: str,
         inputs: dict[str, ir.Value],
-        attributes: dict[str, int | float],
+        attributes: dict[str, int | float | str],
         outputs: list[str],
     ) -> list[ir.Value]:
-        """x -> norm -> (decide) -> the unit's function -> + x;  returns x and the function's other outputs."""
-        routed = self.routing.units.get((layer, unit))
-        norm = f"{self.checkpoint.family.layers}.{layer}.{self.checkpoint.family.unit(unit).norm}.weight"
-        with self._scope(f"layers.{layer}.{unit}"):
-            inputs = inputs | {"h": self._norm(x, norm)} | self._unit_weights(layer, unit)
+        """x -> (norm) -> (decide) -> the unit's function -> + x;  returns x and the function's other outputs."""
+        family, scope = self.checkpoint.family, f"layers.{layer}.{unit}"
+        routed, norm = self.routing.units.get((layer, unit)), family.unit(unit).norm
+        with self._scope(scope):
+            h = x if norm is None else self._norm(x, f"{family.layers}.{layer}.{norm}.weight")
+            weights = self.stored.unit(layer, unit)
+            inputs = inputs | {"h": h} | weights
             if routed is not None:
-                inputs |= self._decide(inputs["h"], layer, unit, routed)
+                seen = self._normed(x, self.stored.ones()) if norm is None else h
+                inputs |= decide(self.op, self.stored, seen, routed, self.token_threshold, scope)
                 self.executed[layer, unit] = inputs["execute"]
-            function = self._function(unit, routed is not None)
+            function = self._function(unit, routed is not None, weights)
             arguments = [inputs.get(str(value.name)) for value in function.inputs]
+            if self.features.scaled:
+                attributes = attributes | {"residual_multiplier": family.residual_multiplier(self.config)}
             called = self.builder.call(function, *arguments, _outputs=outputs, **attributes)
             output, *others = [called] if len(outputs) == 1 else called
             output.type, output.shape = x.type, x.shape
             return [self.op.Add(x, output, _outputs=["x"]), *others]
 
-    def _function(self, unit: str, routed: bool) -> ir.Function:
-        """Returns what a unit calls; all layers share it."""
+    def _function(self, unit: str, routed: bool, weights: Collection[str]) -> ir.Function:
+        """Returns what a unit with these weights calls; all layers share it."""
         if (unit, routed) not in self.functions:
-            places = self.checkpoint.family.unit(unit)
-            optional = [*self._biases(places.module), *places.extras]
-            self.functions[unit, routed] = (
-                mlp(optional, routed) if unit == "mlp" else attention(optional, routed, self.routing.kv_cache)
-            )
+            optional = [name for name in weights if name.endswith(OPTIONAL)]
+            int4 = self.stored.int4_attributes(unit)
+            if unit == "attention":
+                kv_cache = self.routing.kv_cache
+                function = attention(optional, routed, kv_cache, self.ir_dtype, int4, self.features)
+            elif experts_of(self.config) is None:
+                function = mlp(optional, routed, self.ir_dtype, int4, self.features)
+            else:
+                function = moe(optional, routed, self.ir_dtype, self.features)
+            self.functions[unit, routed] = function
         return self.functions[unit, routed]
 
-    def _decide(self, h: ir.Value, layer: int, unit: str, routed: RoutedUnit) -> dict[str, ir.Value]:
-        """h -> down -> silu -> up -> forecast;  h -> hidden -> silu -> out -> score > threshold -> execute
-
-        The router is fp32 at every precision: its scores are compared with a threshold that was measured in fp32.
-        """
-        op, tensors = self.op, routed.tensors()
-
-        def weight(name: str, dtype: torch.dtype) -> ir.Value:
-            tensor = tensors[name]
-            name = f"layers.{layer}.{unit}.{name}"
-            return self._initializer(name, tuple(tensor.shape), lambda: tensor, dtype, transpose=tensor.ndim == 2)
-
-        bias = weight("forecaster.bias", self.dtype)
-        if routed.forecaster.rank == 0:
-            forecast = op.Expand(bias, op.Shape(h), _outputs=["forecast"])
-        else:
-            down = op.MatMul(h, weight("forecaster.down", self.dtype))
-            down = op.Add(down, weight("forecaster.down_bias", self.dtype))
-            up = op.MatMul(op.Mul(down, op.Sigmoid(down)), weight("forecaster.up", self.dtype))
-            forecast = op.Add(up, bias, _outputs=["forecast"])
-
-        tall = h if self.dtype == torch.float32 else op.Cast(h, to=FLOAT)
-        hidden = op.MatMul(tall, weight("router.hidden", torch.float32))
-        hidden = op.Add(hidden, weight("router.hidden_bias", torch.float32))
-        score = op.MatMul(op.Mul(hidden, op.Sigmoid(hidden)), weight("router.out", torch.float32))
-        score = op.Squeeze(op.Add(score, weight("router.out_bias", torch.float32)), [-1], _outputs=["score"])
-        return {"forecast": forecast, "execute": op.Greater(score, self.token_threshold, _outputs=["execute"])}
-
-    def _unit_weights(self, layer: int, unit: str) -> dict[str, ir.Value]:
-        """Returns a unit's weights by the names they have in the function's signature, e.g. ``q_weight``."""
-        places = self.checkpoint.family.unit(unit)
-        module = f"{self.checkpoint.family.layers}.{layer}.{places.module}"
-        weights = {}
-        for projection in places.kept + places.skipped:
-            short, (inputs, outputs) = projection.removesuffix("_proj"), self.sizes[projection]
-            weights[f"{short}_weight"] = self._weight(f"{module}.{projection}.weight", outputs, inputs, transpose=True)
-            if f"{module}.{projection}.bias" in self.checkpoint.shards:
-                weights[f"{short}_bias"] = self._weight(f"{module}.{projection}.bias", outputs)
-        return weights | {name: self._weight(f"{module}.{name}.weight", self.head_dim) for name in places.extras}
-
-    def _biases(self, module: str) -> list[str]:
-        """Returns the biases that a unit's projections have, by their names in the function's signature."""
-        prefix = f"{self.checkpoint.family.layers}.0.{module}."
-        return [
-            f"{projection.removesuffix('_proj')}_bias"
-            for projection in self.sizes
-            if f"{prefix}{projection}.bias" in self.checkpoint.shards
-        ]
-
     def _head(self, x: ir.Value, embedding: ir.Value) -> ir.Value:
+        name, shape = self.checkpoint.family.head, (self.config.vocab_size, self.config.hidden_size)
+        if self.int4 is not None:
+            packed, scales = int8_tensors(name, shape, partial(self.checkpoint.read, name), self.dtype)
+            weights = self.stored.add(packed), self.stored.add(scales)
+            return self.op.MatMulNBits(x, *weights, N=shape[0], K=shape[1], **ATTRIBUTES, _domain=MICROSOFT)
         if self.checkpoint.tied:
             # Stored once; ONNX Runtime folds the transpose when it loads: as fast as a transposed copy in the file.
             return self.op.MatMul(x, self.op.Transpose(embedding, perm=[1, 0]))
-        head = self._weight(
-            self.checkpoint.family.head, self.config.vocab_size, self.config.hidden_size, transpose=True
-        )
-        return self.op.MatMul(x, head)
+        return self.op.MatMul(x, self.stored.weight(name, *shape, transpose=True))
+
+    def _capped(self, logits: ir.Value) -> ir.Value:
+        """logits -> (/ divisor) -> (c tanh(. / c))"""
+        op, family = self.op, self.checkpoint.family
+        divisor, softcap = family.logit_divisor(self.config), family.logit_softcap(self.config)
+        logits.type = ir.TensorType(self.ir_dtype)  # also where the operator is not ONNX's own
+        if divisor != 1:
+            logits = op.Div(logits, divisor)
+        return logits if softcap is None else op.Mul(op.Tanh(op.Div(logits, softcap)), softcap)
 
     def _norm(self, x: ir.Value, weight: str) -> ir.Value:
-        scale = self._weight(weight, self.config.hidden_size)
+        return self._normed(x, self.stored.norm(weight, self.config.hidden_size))
+
+    def _normed(self, x: ir.Value, scale: ir.Value) -> ir.Value:
         return self.op.RMSNormalization(x, scale, epsilon=self.config.rms_norm_eps, _outputs=["h"])
-
-    def _weight(self, name: str, *shape: int, transpose: bool = False) -> ir.Value:
-        """Adds one of the checkpoint's tensors."""
-        return self._initializer(name, shape, lambda: self.checkpoint.read(name), self.dtype, transpose)
-
-    def _initializer(self, name: str, *args: Any, **kwargs: Any) -> ir.Value:
-        return self.builder.initializer(lazy_tensor(name, *args, **kwargs), name, qualify=False)
 
     def _cache_shape(self, length: str) -> list[int | str]:
         return ["batch", self.config.num_key_value_heads, length, self.head_dim]

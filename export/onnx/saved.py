@@ -1,9 +1,10 @@
-"""What a call saved, as the graph itself reports it: a runtime can hold the sparsity where it was asked for."""
+"""What a call did, as the graph itself reports it: a runtime can hold the sparsity where it was asked for, or watch it."""
 
 import numpy as np
 import onnx_ir as ir
 from onnxscript import OpBuilder
 
+from ir_convert.families import UNITS
 from ir_convert.flops import Budget
 
 
@@ -26,3 +27,15 @@ def flops_saved(op: OpBuilder, budget: Budget, executed: dict[tuple[int, str], i
     shares = np.array([[budget.share(unit)] for _, unit in executed], np.float32)
     saved = op.MatMul(rates, op.initializer(ir.tensor(shares), "saved.shares"))  # [1]
     return op.Sub(saved, budget.overhead_share)
+
+
+def trace(op: OpBuilder, executed: dict[tuple[int, str], ir.Value], new: ir.Value, layers: int) -> ir.Value:
+    """Returns which tokens each unit executed, ``bool[layers, 2, B, S]``: attention, then MLP.
+
+    Args:
+        executed: ``bool[B, S]`` by routed unit; the others execute every real token.
+        new: ``bool[B, S]``: which tokens are real.
+    """
+    flags = [executed.get((layer, unit), new) for layer in range(layers) for unit in UNITS]
+    stacked = op.Concat(*(op.Unsqueeze(flag, [0]) for flag in flags), axis=0)  # [layers * 2, B, S]
+    return op.Reshape(stacked, op.Concat([layers, len(UNITS)], op.Shape(new), axis=0))

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +13,28 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from ir_convert.families import family_of
 from ir_convert.routing import Routing
 from ir_convert.runtime import OnnxModel
 from ir_convert.units import merge
 
+PRODUCTS = ("MatMul", "FusedMatMul", "Gemm", "MoE")
+
 
 @dataclass
 class Reference:
-    """Computes every unit for every token, then picks: unit(h) where score > threshold, forecast(h) elsewhere."""
+    """Computes every unit for every token in transformers' model, then picks: what the unit adds to the stream where score >
+    threshold, forecast(h) elsewhere.
+    """
 
     model: nn.Module
     routing: Routing
     decisions: dict[tuple[int, str], Tensor]
     margin: float = np.inf
+    scores: dict[tuple[int, str], Tensor] = field(default_factory=dict)
 
     def __call__(self, ids: Tensor, mask: Tensor, threshold: float) -> Tensor:
-        """Returns the logits; leaves the decisions, and the smallest distance of a score from the threshold."""
+        """Returns the logits; leaves the decisions, the scores, and the smallest distance of a score from the threshold."""
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         self.margin = np.inf
         with self._routed(mask.bool(), threshold), torch.no_grad():
@@ -36,26 +42,38 @@ class Reference:
 
     @contextmanager
     def _routed(self, real: Tensor, threshold: float) -> Iterator[None]:
-        hooks = []
-        for (layer, name), unit in self.routing.units.items():
-            module = self.model.model.layers[layer]
-            module = module.self_attn if name == "attention" else module.mlp
-
-            def hook(
-                _: nn.Module, args: Any, kwargs: Any, output: Any, key: Any = (layer, name), unit: Any = unit
-            ) -> Any:
-                h = args[0] if args else kwargs["hidden_states"]
-                score = unit.router(h)
-                self.margin = min(self.margin, (score - threshold)[real].abs().min().item())
-                self.decisions[key] = unit.execute(h, threshold) & real
-                dense = output[0] if isinstance(output, tuple) else output
-                routed = merge(self.decisions[key], dense, unit.forecaster(h))
-                return (routed, *output[1:]) if isinstance(output, tuple) else routed
-
-            hooks.append(module.register_forward_hook(hook, with_kwargs=True))
+        hooks: list[Any] = []
+        for key in self.routing.units:
+            hooks += self._route(key, real, threshold)
         yield
         for hook_handle in hooks:
             hook_handle.remove()
+
+    def _route(self, key: tuple[int, str], real: Tensor, threshold: float) -> list[Any]:
+        """Hooks on the unit, whose input tells h, and on the last module of what it adds, whose output is replaced."""
+        layer, place = self.model.model.layers[key[0]], family_of(self.model.config).unit(key[1])
+        unit, last = getattr(layer, place.module), getattr(layer, place.post_norm or place.module)
+        multiplier = getattr(self.model.config, "residual_multiplier", 1.0)  # the layer's own code applies it
+        routed, forecasts = self.routing.units[key], []
+
+        def before(_: nn.Module, args: Any, kwargs: Any) -> None:
+            seen = args[0] if args else kwargs["hidden_states"]
+            h = (
+                seen
+                if place.norm
+                else nn.functional.rms_norm(seen, seen.shape[-1:], eps=self.model.config.rms_norm_eps)
+            )
+            self.scores[key] = routed.router(h)
+            self.margin = min(self.margin, (self.scores[key] - threshold)[real].abs().min().item())
+            self.decisions[key] = routed.execute(h, threshold) & real
+            forecasts.append(routed.forecaster(h))
+
+        def after(_: nn.Module, __: Any, output: Any) -> Any:
+            added = output[0] if isinstance(output, tuple) else output
+            merged = merge(self.decisions[key], added, forecasts.pop() / multiplier)
+            return (merged, *output[1:]) if isinstance(output, tuple) else merged
+
+        return [unit.register_forward_pre_hook(before, with_kwargs=True), last.register_forward_hook(after)]
 
 
 @dataclass
@@ -88,13 +106,16 @@ def batches(draw: st.DrawFn) -> Batch:
 
 
 def product_shapes(model: OnnxModel, batch: Batch, threshold: float, folder: Path) -> list[list[int]]:
-    """Returns the output shape of every matrix product that ONNX Runtime ran inside the routed units, by its own profile."""
+    """Returns the output shape of every matrix product that ONNX Runtime ran inside the routed units, by its own profile.
+
+    One that is followed by a factor runs as FusedMatMul.
+    """
     options = ort.SessionOptions()
     options.enable_profiling, options.profile_file_prefix = True, str(folder / "profile")
     profiled = OnnxModel.load(model.path, ["CPUExecutionProvider"], threads=1, threshold=threshold, options=options)
     run_pieces(profiled, batch)
     with open(profiled.session.end_profiling()) as file:
-        events = [event for event in json.load(file) if event.get("args", {}).get("op_name") in ("MatMul", "Gemm")]
+        events = [event for event in json.load(file) if event.get("args", {}).get("op_name") in PRODUCTS]
     shapes = []
     for event in events:
         (shape,) = event["args"]["output_type_shape"][0].values()

@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from onnx_reference import Batch, batches, product_shapes, run_pieces
 
-from ir_convert.families import projection_sizes
+from ir_convert.families import experts_of, projection_sizes
 
 PROPERTY = settings(max_examples=40, deadline=None)
 
@@ -46,12 +46,8 @@ def test_a_single_executed_token(exported, batch, wanted):
     """A threshold just under the best scores of some unit: one or a few tokens of the whole batch execute there."""
     model, reference = exported
     real = batch.mask.bool()
-    scores: list[torch.Tensor] = []
-    router = reference.routing.units[0, "attention"].router
-    norm = reference.model.model.layers[0].input_layernorm
-    with norm.register_forward_hook(lambda _, __, h: scores.append(router(h))):
-        reference(batch.ids, batch.mask, math.inf)
-    ranked = scores[0][real].detach().sort(descending=True).values
+    reference(batch.ids, batch.mask, math.inf)
+    ranked = reference.scores[0, "attention"][real].detach().sort(descending=True).values
     assume(len(ranked) > wanted)
     threshold = float((ranked[wanted - 1] + ranked[wanted]) / 2)
     expected = reference(batch.ids, batch.mask, threshold)
@@ -73,16 +69,19 @@ def test_approximated_tokens_skip_the_products(exported, tmp_path, threshold):
 
     rows: Counter[int] = Counter()
     for shape in product_shapes(model, batch, threshold, tmp_path):
-        if len(shape) == 2:  # K and V run for every token: [B, S, width]
-            rows[shape[1]] += shape[0]
+        if shape[0] == 1:  # [1, n, width]; K and V run for every token: [B, S, width]
+            rows[shape[2]] += shape[1]
 
     executed = dict.fromkeys(("attention", "mlp"), 0)
     for (_, unit), decision in reference.decisions.items():
         executed[unit] += int(decision.sum())
     sizes = projection_sizes(reference.model.config)
     expected: Counter[int] = Counter()
-    for name, unit in {"q": "attention", "o": "attention", "gate": "mlp", "up": "mlp", "down": "mlp"}.items():
-        expected[sizes[f"{name}_proj"][1]] += executed[unit]
+    # One operator computes all experts; its output is as wide as that of down_proj.
+    mlp = ("gate_proj", "up_proj", "down_proj") if experts_of(reference.model.config) is None else ("gate", "down_proj")
+    for unit, names in {"attention": ("q_proj", "o_proj"), "mlp": mlp}.items():
+        for name in names:
+            expected[sizes[name][1]] += executed[unit]
     assert +rows == +expected
 
 
@@ -111,14 +110,14 @@ def test_contract(exported):
     inputs = {value.name: (value.type, value.shape) for value in session.get_inputs()}
     expected = {
         "input_ids": ("tensor(int64)", ["batch", "sequence"]),
-        "attention_mask": ("tensor(int64)", ["batch", "past+sequence"]),
+        "attention_mask": ("tensor(int64)", ["batch", "total"]),
         "position_ids": ("tensor(int64)", ["batch", "sequence"]),
     }
     outputs = {"logits": ("tensor(float)", ["batch", "sequence", config.vocab_size])}
     for layer in range(config.num_hidden_layers):
         for part in ("key", "value"):
             expected[f"past_key_values.{layer}.{part}"] = ("tensor(float)", ["batch", kv, "past", head])
-            outputs[f"present.{layer}.{part}"] = ("tensor(float)", ["batch", kv, "past+sequence", head])
+            outputs[f"present.{layer}.{part}"] = ("tensor(float)", ["batch", kv, "present", head])
     outputs["routing_saved"] = ("tensor(float)", [1])
     assert inputs == expected
     assert {value.name: (value.type, value.shape) for value in session.get_outputs()} == outputs

@@ -3,6 +3,7 @@
 import json
 import math
 import weakref
+from collections import Counter
 from dataclasses import replace
 
 import onnx
@@ -16,7 +17,7 @@ import ir_convert
 from ir_convert.checkpoint import Checkpoint
 from ir_convert.errors import UserError
 from ir_convert.export.onnx import write
-from ir_convert.export.onnx.positions import frequencies
+from ir_convert.export.onnx.rotary import frequencies
 from ir_convert.families import UNITS
 from ir_convert.routing import Routing
 from ir_convert.runtime import OnnxModel
@@ -39,6 +40,7 @@ def test_folder(exported, random_model):
         "ir-tiny.routing.safetensors",
         "config.json",
         "generation_config.json",
+        "genai_config.json",
     }
     assert {path.name for path in folder.iterdir()} == names
     assert AutoConfig.from_pretrained(folder).model_type == CONFIGS[name].model_type
@@ -46,7 +48,7 @@ def test_folder(exported, random_model):
     onnx.checker.check_model(model.path, full_check=True)
 
     proto = onnx.load(model.path, load_external_data=False)
-    assert {entry.domain: entry.version for entry in proto.opset_import} == {"": 23, "ir": 1}
+    assert {entry.domain: entry.version for entry in proto.opset_import} == {"": 24, "ir": 1, "com.microsoft": 1}
     external = [tensor for tensor in proto.graph.initializer if tensor.external_data]
     assert external
     for tensor in external:
@@ -88,7 +90,9 @@ def test_reads_one_tensor_at_a_time(random_model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Checkpoint, "read", spy)
     write(checkpoint, routing, tmp_path, "m.onnx", on_progress=lambda done, total: progress.append((done, total)))
-    assert len(large) == len(set(large))
+    packed = checkpoint.family.attention.packed | checkpoint.family.mlp.packed
+    times = {name: len(packed.get(name.split(".")[-2], [name])) for name in large}  # once for each projection
+    assert Counter(large) == times
     assert progress[-1][0] == progress[-1][1] == len(progress)
 
 
@@ -137,7 +141,9 @@ def test_float16(random_model, tmp_path):
         half.threshold = threshold
         got, expected = run_pieces(half, batch), reference(batch.ids, batch.mask, threshold)
         assert got.dtype == torch.float16
-        assert (got.float() - expected)[real].abs().max() < 0.02 * expected.abs().max()
+        off = (got.float() - expected)[real].abs().amax(-1) >= 0.02 * expected.abs().max()
+        # Rounding may flip a token's choice of experts, and no more than that.
+        assert off.sum() <= (1 if checkpoint.family.mlp.experts and threshold < 0 else 0)
     half.set_sparsity(0.3)
     assert torch.isfinite(run_pieces(half, batch)).all()
 
@@ -190,8 +196,11 @@ def test_refuses_length_dependent_rotary_embeddings(tmp_path):
 
 def test_refusals(random_model, tmp_path):
     _, _, checkpoint, routing = random_model
-    with pytest.raises(UserError, match="bfloat16"):
-        write(checkpoint, routing, tmp_path, "m.onnx", dtype=torch.bfloat16)
+    with pytest.raises(UserError, match="float64 is not supported in ONNX; choose float32 or float16 or bfloat16"):
+        write(checkpoint, routing, tmp_path, "m.onnx", dtype=torch.float64)
+    strict = replace(routing, metadata=routing.metadata | {"kv_cache": "strict"})
+    with pytest.raises(UserError, match="no bfloat16 kernels for what a strict KV cache needs"):
+        write(checkpoint, strict, tmp_path, "m.onnx", dtype=torch.bfloat16)
     long = replace(routing, units=routing.units | {(4, "mlp"): routing.units[0, "mlp"]})
     with pytest.raises(UserError, match=r"for 5 layers.*has 3"):
         write(checkpoint, long, tmp_path, "m.onnx")

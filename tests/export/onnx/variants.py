@@ -57,6 +57,13 @@ VARIANTS = {
     "strict": Variant("qwen3", "strict"),
     "strict, sliding": Variant("mistral-sliding", "strict"),
     "strict, two are not": Variant("llama-bias", "strict", missing=((1, "attention"), (2, "mlp"))),
+    "strict, soft-capped": Variant("gemma2", "strict", missing=((2, "attention"),)),
+    "strict, two rotations": Variant("gemma3", "strict"),
+    "strict, no norms before": Variant("olmo2", "strict", missing=((1, "attention"), (0, "mlp"))),
+    "strict, not rotated": Variant("smollm3", "strict"),
+    "packed, one is not": Variant("phi3", missing=((0, "mlp"), (2, "attention"))),
+    "scaled, two are not": Variant("granite", missing=((1, "mlp"), (1, "attention"))),
+    "experts, one is not": Variant("qwen3_moe", "strict", missing=((1, "mlp"),)),
     "strict, all of it": Variant("qwen2", "strict", missing=((0, "attention"),), sized=True, adapted=True),
 }
 
