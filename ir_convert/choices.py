@@ -2,3 +2,5 @@
 
 RECIPES = ("local", "paper", "greedy")
 KV_CACHES = ("full", "strict")
+TARGETS = ("hf", "triton")  # what an output folder holds
+INT4_METHODS = ("rtn", "rtn_asym", "hqq", "k_quant")

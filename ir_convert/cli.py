@@ -7,7 +7,7 @@ import click
 from rich.console import Console
 
 from . import __version__
-from .choices import KV_CACHES, RECIPES
+from .choices import INT4_METHODS, KV_CACHES, RECIPES, TARGETS
 from .errors import UserError
 
 FILE = click.Path(path_type=Path)
@@ -20,7 +20,14 @@ FILE = click.Path(path_type=Path)
     required=True,
     multiple=True,
     type=FILE,
-    help="NAME.onnx, NAME.safetensors (routing file), or a folder (Hugging Face checkpoint). May be repeated.",
+    help="NAME.onnx, NAME.safetensors (routing file), or a folder (see --target). May be repeated.",
+)
+@click.option(
+    "--target",
+    type=click.Choice(TARGETS),
+    default="hf",
+    show_default=True,
+    help="What an --out folder holds. hf: a Hugging Face checkpoint. triton: a model for Triton's model repository.",
 )
 @click.option(
     "--sparsity",
@@ -73,8 +80,21 @@ FILE = click.Path(path_type=Path)
     type=click.Choice(["auto", "float32", "float16", "bfloat16"]),
     default="auto",
     show_default=True,
-    help="Precision of what is written; auto: float32 in ONNX, the base model's in a checkpoint.",
+    help="Precision of what is written; auto: float32 in ONNX, the base model's in a checkpoint. "
+    "ONNX in bfloat16 runs on GPUs alone.",
 )
+@click.option("--int4", is_flag=True, help="Quantise the units of ONNX files to 4 bits, the head to 8.")
+@click.option(
+    "--int4-method",
+    type=click.Choice(INT4_METHODS),
+    help="How to round them; hqq is slow on CPUs.  [default: rtn, or the routing file's]",
+)
+@click.option(
+    "--calibrate-quantised",
+    is_flag=True,
+    help="Calibrate on the units as int4 leaves them: for --int4, or for a routing file that is to serve it.",
+)
+@click.option("--trace", is_flag=True, help="ONNX files say which tokens each unit executed: an output 'executed'.")
 @click.option("--overwrite", is_flag=True, help="Replace outputs that exist.")
 @click.option("--restart", is_flag=True, help="Forget the work of an interrupted run, and begin anew.")
 @click.version_option(__version__)
@@ -84,6 +104,7 @@ def convert(model: str, out: tuple[Path, ...], units: str, **options: object) ->
     \b
     ir-convert meta-llama/Llama-2-7b-hf --out ir-llama.onnx
     ir-convert ./my-model --out my-ir-model/ --sparsity 0.3 --calibration domain.txt
+    ir-convert ./my-model --out model_repository/ir-model --target triton
     accelerate launch -m ir_convert ./my-model --out my-ir-model/
 
     Interrupted? Run the same command again: it goes on where it stopped.

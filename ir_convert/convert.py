@@ -1,9 +1,8 @@
 """The whole pipeline, top to bottom."""
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,13 +14,14 @@ from .calibrate.estimate import estimate
 from .checkpoint import Checkpoint
 from .data import Blocks, Source, read_blocks
 from .errors import UserError
-from .export import hf, onnx
 from .families import UNITS
 from .job import Job
-from .outputs import Output, check_outputs
+from .outputs import Output
 from .progress import Reporter, Silent
+from .quantisation import Quantisation
 from .routing import Routing
 from .stream import Team, Work
+from .writing import Writing
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ def convert(
     model: str,
     out: Sequence[Path],
     *,
+    target: str = "hf",
     sparsity: float | None = None,
     calibration: Sequence[str] = (),
     text_field: str = "text",
@@ -60,6 +61,10 @@ def convert(
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
+    int4: bool = False,
+    int4_method: str | None = None,
+    calibrate_quantised: bool = False,
+    trace: bool = False,
     overwrite: bool = False,
     restart: bool = False,
     report: Reporter | None = None,
@@ -70,7 +75,8 @@ def convert(
 
     Args:
         model: a local folder or a Hub id.
-        out: outputs; ``*.onnx`` writes an ONNX model, ``*.safetensors`` the routing file, another name a checkpoint folder.
+        out: outputs; ``*.onnx`` writes an ONNX model, ``*.safetensors`` the routing file, another name a folder.
+        target: what a folder holds: ``hf``, a checkpoint, or ``triton``, a model for Triton's model repository.
         sparsity: share of the decoder layers' FLOPs to save, in [0, 1); None for 0.4, or what ``routing`` was made for.
         calibration: text like what the model will serve: files, folders or data sets, each with ``=weight`` if wanted; none
             for Python's documentation topics.
@@ -81,6 +87,10 @@ def convert(
         recipe, polish, lora, steps, units, rank, router_width, kv_cache, seed: see ``calibrate.Options``.
         device: ``auto``, ``cpu``, ``cuda`` ...
         dtype: ``auto`` (float32 in ONNX, the base model's in a checkpoint), ``float32``, ``float16`` or ``bfloat16``.
+        int4: quantise the units' projections of ONNX files, and their head to int8; forecasters and routers are not.
+        int4_method: see ``Int4``; None for ``rtn``, or what ``routing`` was calibrated on.
+        calibrate_quantised: calibrate on the units as quantising leaves them.
+        trace: ONNX files say with every call which tokens each unit executed.
         overwrite: replace outputs that exist.
         restart: forget an interrupted run's work.
         report: shows progress.
@@ -88,16 +98,19 @@ def convert(
     Raises:
         UserError: one line that says what is wrong; no output has been touched then.
     """
-    start, target = time.monotonic(), _device(device)
-    outputs = [Output.parse(path) for path in out]
-    _check_dtype(outputs, dtype)
-    team = Team.assemble(target)
-    target = team.device(target)
+    start, processor = time.monotonic(), _device(device)
+    outputs = _outputs(out, target)
+    quantisation = Quantisation(int4, int4_method, calibrate_quantised)
+    quantisation.check(outputs, routing)
+    writing = Writing(outputs, dtype, quantisation, trace, overwrite)
+    team = Team.assemble(processor)
+    processor = team.device(processor)
     report = report if report and team.rank == 0 else Silent()
     checkpoint = Checkpoint.open(model)
     if routing is not None:
         learned = _reuse(routing, checkpoint, sparsity)
-        sizes = _write(outputs, checkpoint, learned, dtype, overwrite, report) if team.rank == 0 else {}
+        writing = replace(writing, quantisation=quantisation.of(learned))
+        sizes = writing.write(checkpoint, learned, report) if team.rank == 0 else {}
         return Conversion(learned, sizes, time.monotonic() - start)
 
     options = Options(
@@ -113,27 +126,32 @@ def convert(
         seed=seed,
     ).settled(checkpoint.config)
     check_reachable(checkpoint, options)
-    _check_new(outputs, checkpoint, dtype, overwrite)
+    writing.check_dtype(kv_cache)
+    # Those that exist may turn out to be this very job's, so they wait.
+    writing.only([output for output in outputs if not output.routing_file.is_file()]).check(checkpoint)
     sources = [Source.parse(text) for text in calibration]
     blocks = read_blocks(sources, checkpoint.tokenizer, tokens, block_size, text_field)
     job = Job(
         {"ir-convert": __version__, "model": checkpoint.weights_sha256}
         | {f"--{name.replace('_', '-')}": value for name, value in options.as_dict().items()}
         | {"--tokens": tokens, "--block-size": block_size, "--calibration text": blocks.sha256}
-        | {"--device": target.type, "--dtype": dtype, "number of processes": team.size}
+        | {"--device": processor.type, "--dtype": dtype, "number of processes": team.size}
+        | quantisation.values()
+        | {"--trace": trace}
     )
     done = [output for output in outputs if job.did(output)]
     if len(done) == len(outputs) and not restart:
         report.note(f"Already done: {', '.join(str(output.path) for output in outputs)} came from this very command.")
         return Conversion(Routing.load(outputs[0].routing_file), {}, time.monotonic() - start)
-    left = [output for output in outputs if restart or output not in done]
-    check_outputs(left, checkpoint, overwrite, lambda output: _estimate(output, checkpoint, dtype))
+    writing = writing.only([output for output in outputs if restart or output not in done])
+    writing.check(checkpoint)
 
     work = job.work(outputs[0], restart, team)
-    learned = _calibrate(checkpoint, blocks, options, job, target, work, team, report)
+    view = quantisation.view(checkpoint, work.folder)
+    learned = _calibrate(view, blocks, options, job, processor, work, team, report)
     sizes = {}
     if team.rank == 0:
-        sizes = _write(left, checkpoint, learned, dtype, overwrite, report)
+        sizes = writing.write(checkpoint, learned, report)
         job.work(outputs[0], False, Team(alone=True)).clear()
     team.wait()
     return Conversion(learned, sizes, time.monotonic() - start)
@@ -165,54 +183,11 @@ def _calibrate(
     return routing
 
 
-def _write(
-    outputs: Sequence[Output],
-    checkpoint: Checkpoint,
-    routing: Routing,
-    dtype: str,
-    overwrite: bool,
-    report: Reporter,
-) -> dict[Path, int]:
-    check_outputs(list(outputs), checkpoint, overwrite, lambda output: _estimate(output, checkpoint, dtype))
-    sizes = {}
-    for output in outputs:
-        layers = checkpoint.config.num_hidden_layers
-        with report.stage(f"write {output.path.name}", layers) as advance:
-            sizes[output.path] = output.write(partial(_fill, output, checkpoint, routing, dtype, advance))
-    return sizes
-
-
-def _check_new(outputs: Sequence[Output], checkpoint: Checkpoint, dtype: str, overwrite: bool) -> None:
-    """Refuses bad outputs before text is read; those that exist may turn out to be this very job's, so they wait."""
-    new = [output for output in outputs if not output.routing_file.is_file()]
-    check_outputs(new, checkpoint, overwrite, lambda output: _estimate(output, checkpoint, dtype))
-
-
-def _check_dtype(outputs: Sequence[Output], dtype: str) -> None:
-    if dtype == "bfloat16" and any(output.kind == "onnx" for output in outputs):
-        raise UserError(
-            "ONNX Runtime runs no bfloat16 model on CPUs: give --dtype float32 or float16 for an .onnx output"
-        )
-
-
-def _fill(
-    output: Output, checkpoint: Checkpoint, routing: Routing, dtype: str, advance: Callable[[], None], folder: Path
-) -> None:
-    shown = 0
-
-    def progress(done: int, total: int) -> None:
-        nonlocal shown
-        while shown < checkpoint.config.num_hidden_layers * done // total:
-            shown += 1
-            advance()
-
-    if output.kind == "routing":
-        routing.save(folder / output.path.name)
-    elif output.kind == "onnx":
-        precision = _dtype(dtype) or torch.float32
-        onnx.write(checkpoint, routing, folder, output.path.name, precision, progress)
-    else:
-        hf.write(checkpoint, routing, folder, _dtype(dtype), progress)
+def _outputs(paths: Sequence[Path], target: str) -> list[Output]:
+    outputs = [Output.parse(path, target) for path in paths]
+    if target == "triton" and not any(output.kind == target for output in outputs):
+        raise UserError("--target triton wants a folder of the model repository, e.g. --out model_repository/ir-llama")
+    return outputs
 
 
 def _reuse(path: Path, checkpoint: Checkpoint, sparsity: float | None) -> Routing:
@@ -238,16 +213,3 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device '{name}' cannot be used here: try --device cpu") from error
     return device
-
-
-def _dtype(name: str) -> torch.dtype | None:
-    return None if name == "auto" else getattr(torch, name)
-
-
-def _estimate(output: Output, checkpoint: Checkpoint, dtype: str) -> int:
-    """Returns the bytes that an output takes, routing included (about 2 % of the weights, generously)."""
-    if output.kind == "routing":
-        return checkpoint.weight_bytes // 20
-    stored = checkpoint.stored_dtype.itemsize
-    written = (_dtype(dtype) or (torch.float32 if output.kind == "onnx" else checkpoint.stored_dtype)).itemsize
-    return int(checkpoint.weight_bytes * written / stored * 1.05)

@@ -69,6 +69,11 @@ class Routing:
         return self.metadata.get("kv_cache", "full")
 
     @property
+    def quantised_units(self) -> dict[str, Any] | None:
+        """How the units were quantised that it was calibrated on (bits, block, method); None where they were not."""
+        return self.metadata.get("quantised_units")
+
+    @property
     def sparsity(self) -> float:
         """The sparsity that was asked for, the default of every artifact."""
         return self.metadata["sparsity"]

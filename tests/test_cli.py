@@ -1,5 +1,6 @@
 """The command line: what it prints, and one clear line with exit code 2 for everything a user can put right."""
 
+import json
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ from models import save_random
 
 from ir_convert import cli
 from ir_convert.checkpoint import Checkpoint
+from ir_convert.outputs import Output
 from ir_convert.routing import Routing
 
 
@@ -49,6 +51,8 @@ def base(tmp_path_factory):
         (["{base}", "--out", "{out}", "--device", "toaster"], "device 'toaster' cannot be used here"),
         (["./absent", "--out", "{out}"], "model folder './absent' does not exist"),
         (["{base}", "--out", "{out}.gguf"], "is of no known kind"),
+        (["{base}", "--out", "{out}", "--target", "toaster"], "'toaster' is not one of 'hf', 'triton'"),
+        (["{base}", "--out", "{out}.onnx", "--target", "triton"], "--target triton wants a folder"),
         (["{base}", "--out", "{base}"], "lie in each other"),
         (["{base}", "--out", "{out}", "--calibration", "absent.txt"], "no tokenizer that loads"),
         (["{base}", "--out", "{out}", "--routing", "absent.safetensors"], "cannot read the routing file"),
@@ -139,6 +143,24 @@ def test_one_calibration_serves_every_target(run, converted, tmp_path):
     assert again.sparsity == 0.5
     assert again.threshold == converted.routing.curve.at(0.5)
     assert (tmp_path / "again.onnx.data").is_file()
+
+
+def test_triton(run, converted, tmp_path):
+    """A model repository's layout; a .onnx output beside it stays what its name says."""
+    folder = tmp_path / "model_repository" / "ir-tiny"
+    command = [converted.checkpoint.path, "--routing", converted.folder / "ir-tiny.safetensors", "--target", "triton"]
+    outs = ["--out", folder, "--out", tmp_path / "beside.onnx"]
+    code, _, err = run(*command, *outs)
+    assert code == 0, err
+    assert {path.name for path in folder.iterdir()} == {"config.pbtxt", "1"}
+    inside = {path.name.replace("model.", "beside.", 1) for path in (folder / "1").iterdir()}
+    assert inside == {path.name for path in tmp_path.iterdir() if path.is_file()}
+    assert Routing.load(Output.parse(folder, "triton").routing_file).curve == converted.routing.curve
+    assert json.loads((folder / "1" / "genai_config.json").read_text())["model"]["decoder"]["filename"] == "model.onnx"
+    here, there = (run("generate", path, "def f(", "--max-new-tokens", 8)[1] for path in (folder / "1", converted.onnx))
+    assert here == there
+    assert run(*command, *outs)[0] == 2
+    assert run(*command, *outs, "--overwrite")[0] == 0
 
 
 @pytest.mark.parametrize("artifact", ["onnx/ir-tiny.onnx", "ir-tiny", "onnx"])

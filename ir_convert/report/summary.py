@@ -10,7 +10,9 @@ def summary(conversion: Conversion) -> Table:
     metadata = conversion.routing.metadata
     test = metadata["test"]
     error = "" if test["sparsity_standard_error"] is None else f" ± {test['sparsity_standard_error']:.1%}"
-    table = Table(title=f"{metadata['base_model']} routed", show_header=True, title_justify="left")
+    quantised = conversion.routing.quantised_units
+    units = f", on int4 units ({quantised['method']})" if quantised else ""
+    table = Table(title=f"{metadata['base_model']} routed{units}", show_header=True, title_justify="left")
     table.add_column("on held-out text")
     for name in ("dense", "routed"):
         table.add_column(name, justify="right")

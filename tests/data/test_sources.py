@@ -236,7 +236,11 @@ def test_half_a_character_in_json(tmp_path):
     assert everything(open_path(tmp_path / "a.jsonl", "a", "text")) == ["a? b"]
 
 
-@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b'{"text": "a"}\n' * 999)[:-20], b""])
+@pytest.mark.parametrize(
+    "content",
+    [b"no gzip", gzip.compress(b'{"text": "a"}\n' * 999)[:-20], b""],
+    ids=["not gzip", "cut off", "empty"],
+)
 def test_bad_gzip(content, tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(content)
     if content:
