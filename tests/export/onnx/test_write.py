@@ -1,11 +1,14 @@
 """What lies in the folder afterwards, and what is refused."""
 
+import hashlib
 import json
 import math
 import weakref
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -217,3 +220,27 @@ def test_refuses_weights_that_overflow(tmp_path):
     out.mkdir()
     with pytest.raises(UserError, match=r"model.layers.1.mlp.up_proj.weight.*float16"):
         write(checkpoint, random_routing(checkpoint), out, "m.onnx", dtype=torch.float16)
+
+
+def test_loads_from_the_hub_cache(tmp_path):
+    """There every file is a link into a folder of blobs; the base model's files as well as ours."""
+    save_random("llama", tmp_path / "base")
+    checkpoint = Checkpoint.open(str(hub_cache(tmp_path / "base", tmp_path / "hub" / "models--someone--base")))
+    out = tmp_path / "onnx"
+    out.mkdir()
+    write(checkpoint, random_routing(checkpoint), out, "m.onnx")
+    expected = OnnxModel.load(out, threads=1).logits(np.array([[5, 6, 7]]))
+    model = OnnxModel.load(hub_cache(out, tmp_path / "hub" / "models--someone--routed"), threads=1)
+    np.testing.assert_array_equal(model.logits(np.array([[5, 6, 7]])), expected)
+
+
+def hub_cache(folder: Path, cache: Path) -> Path:
+    """Moves a folder's files where the Hub's cache would keep them; returns the folder of links that it loads from."""
+    snapshot, blobs = cache / "snapshots" / "0123abcd", cache / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for file in list(folder.iterdir()):
+        blob = blobs / hashlib.sha256(file.read_bytes()).hexdigest()
+        blob.write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(Path("../../blobs") / blob.name)
+    return snapshot

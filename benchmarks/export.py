@@ -1,0 +1,139 @@
+"""What the export of a large random model takes: time beside that of reading its weights, memory, and whether it loads.
+
+    python benchmarks/export.py --parameters 1.5 --shape 1B [--folder DISK] [--json results.json]
+
+Reading: every tensor once, in its stored precision, from a cold cache where the machine lets us drop it (root), else a warm one.
+Every export runs in a process of its own. Memory is what it allocated at its peak, beyond what it began with; the largest
+tensor is in fp32.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import tempfile
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime as ort
+import torch
+from from_source import ROOT
+from quality_setting import command_line
+from scale import SHAPES, parameters, resident, write_checkpoint
+
+from ir_convert.calibrate.options import default_rank, default_router_width
+from ir_convert.checkpoint import Checkpoint
+from ir_convert.export.onnx import write
+from ir_convert.export.onnx.int4 import Int4
+from ir_convert.families import UNITS
+from ir_convert.routing import Curve, Routing
+from ir_convert.units import Forecaster, RoutedUnit, Router
+
+EXPORTS: dict[str, tuple[torch.dtype, Int4 | None]] = {
+    "float32": (torch.float32, None),
+    "float16": (torch.float16, None),
+    "int4": (torch.float32, Int4()),
+}
+
+
+def random_routing(checkpoint: Checkpoint) -> Routing:
+    """Returns forecasters and routers of the default sizes."""
+    hidden = checkpoint.config.hidden_size
+    rank, width = default_rank(hidden), default_router_width(hidden)
+    unit = RoutedUnit(
+        Forecaster(torch.randn(rank, hidden), torch.zeros(rank), torch.randn(hidden, rank), torch.zeros(hidden)),
+        Router(torch.randn(width, hidden), torch.zeros(width), torch.randn(1, width), torch.zeros(1)),
+    )
+    units = {(layer, name): unit for layer in range(checkpoint.config.num_hidden_layers) for name in UNITS}
+    return Routing(units, Curve([0.1, 0.5], [-1.0, 1.0]), {"sparsity": 0.3, "kv_cache": "full"})
+
+
+def forget_cache() -> bool:
+    """Drops the machine's cache of files, so that reading reads; returns whether it could."""
+    os.sync()
+    try:
+        Path("/proc/sys/vm/drop_caches").write_text("1")
+    except OSError:
+        return False
+    return True
+
+
+def read(model: Path) -> float:
+    """Returns the seconds that it takes to read every tensor once."""
+    checkpoint, start = Checkpoint.open(str(model)), time.monotonic()
+    for name in checkpoint.shards:
+        checkpoint.read(name).view(torch.int16)[..., ::2048].clone()  # touches every page
+    return time.monotonic() - start
+
+
+def export(model: Path, out: Path, kind: str) -> dict[str, Any]:
+    checkpoint = Checkpoint.open(str(model))
+    routing, (dtype, int4) = random_routing(checkpoint), EXPORTS[kind]
+    before, peak, done = resident(os.getpid())[0], [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            peak[0] = max(peak[0], resident(os.getpid())[0])
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start = time.monotonic()
+    write(checkpoint, routing, out, "model.onnx", dtype, int4=int4)
+    seconds = time.monotonic() - start
+    done.set()
+    watcher.join()
+    onnx.checker.check_model(out / "model.onnx")
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    ort.InferenceSession(out / "model.onnx", options, providers=["CPUExecutionProvider"])
+    largest = max(checkpoint.read(name).numel() for name in checkpoint.shards) * 4
+    size = sum(file.stat().st_size for file in out.iterdir())
+    return {"kind": kind, "seconds": seconds, "bytes": size, "memory": peak[0] - before, "largest_tensor": largest}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parameters", type=float, default=1.5, help="in billions")
+    parser.add_argument("--shape", choices=SHAPES, default="1B", help="of a layer")
+    parser.add_argument("--folder", type=Path, help="where model and exports go; a temporary folder by default")
+    parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "export.json")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
+        model, out = Path(temporary) / "model", Path(temporary) / "out"
+        model.mkdir()
+        count = parameters(write_checkpoint(model, args.parameters, args.shape))
+        rows, cold = [], forget_cache()
+        reading = read(model)
+        print(
+            f"{count / 1e9:.2f} G parameters in bfloat16, read in {reading:.1f} s ({'cold' if cold else 'warm'} cache)"
+        )
+        for kind in EXPORTS:
+            out.mkdir()
+            forget_cache()
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                row = pool.submit(export, model, out, kind).result()
+            shutil.rmtree(out)
+            rows.append(row)
+            beyond = (row["memory"] - row["largest_tensor"]) / 2**30
+            print(
+                f"{kind:<8} {row['seconds']:6.1f} s, {row['seconds'] / reading:.1f} x reading; {row['bytes'] / 2**30:.2f} GiB; "
+                f"{row['memory'] / 2**30:.2f} GiB of memory, {beyond:+.2f} beyond the largest tensor",
+                flush=True,
+            )
+    result = {
+        "command": command_line(),
+        "parameters": count,
+        "cold_cache": cold,
+        "reading_seconds": reading,
+        "rows": rows,
+    }
+    args.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
