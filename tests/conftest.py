@@ -1,5 +1,7 @@
 """Fixtures shared by all tests."""
 
+import os
+
 import pytest
 import torch
 from models import CONFIGS, make_random
@@ -18,4 +20,6 @@ def random_model(request, tmp_path_factory):
 @pytest.fixture(scope="session")
 def converted(tmp_path_factory):
     """The tiny trained model, converted by the command line: see ``trained.Converted``."""
-    return Converted.make(tmp_path_factory.mktemp("converted"))
+    base = tmp_path_factory.getbasetemp()
+    # Under pytest-xdist every process has a folder of its own in a common one.
+    return Converted.shared((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "converted")

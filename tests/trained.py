@@ -1,5 +1,6 @@
 """The tiny trained model, converted once for all tests by the real command."""
 
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ir_convert.checkpoint import Checkpoint
@@ -46,9 +48,21 @@ class Converted:
         command = [sys.executable, "-m", "ir_convert", TINY, "--sparsity", "0.25"]
         command += ["--calibration", calibration, "--tokens", "65536"]
         command += [argument for out in outs for argument in ("--out", folder / out)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        # One thread: the other core is another test process's.
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         assert done.returncode == 0, done.stderr
         return cls(folder, done.stdout)
+
+    @classmethod
+    def shared(cls, folder: Path) -> "Converted":
+        """Returns one that the first test process to come here makes, for all of them."""
+        folder.mkdir(exist_ok=True)
+        said = folder / "output.txt"
+        with FileLock(folder / "lock"):
+            if not said.is_file():
+                said.write_text(cls.make(folder).output, encoding="utf-8")
+        return cls(folder, said.read_text("utf-8"))
 
     @property
     def onnx(self) -> Path:
