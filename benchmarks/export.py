@@ -45,12 +45,21 @@ def random_routing(checkpoint: Checkpoint) -> Routing:
     """Returns forecasters and routers of the default sizes."""
     hidden = checkpoint.config.hidden_size
     rank, width = default_rank(hidden), default_router_width(hidden)
-    unit = RoutedUnit(
-        Forecaster(torch.randn(rank, hidden), torch.zeros(rank), torch.randn(hidden, rank), torch.zeros(hidden)),
-        Router(torch.randn(width, hidden), torch.zeros(width), torch.randn(1, width), torch.zeros(1)),
-    )
-    units = {(layer, name): unit for layer in range(checkpoint.config.num_hidden_layers) for name in UNITS}
-    return Routing(units, Curve([0.1, 0.5], [-1.0, 1.0]), {"sparsity": 0.3, "kv_cache": "full"})
+
+    def unit() -> RoutedUnit:
+        return RoutedUnit(
+            Forecaster(torch.randn(rank, hidden), torch.zeros(rank), torch.randn(hidden, rank), torch.zeros(hidden)),
+            Router(torch.randn(width, hidden), torch.zeros(width), torch.randn(1, width), torch.zeros(1)),
+        )
+
+    units = {(layer, name): unit() for layer in range(checkpoint.config.num_hidden_layers) for name in UNITS}
+    metadata = {
+        "sparsity": 0.3,
+        "kv_cache": "full",
+        "base_model": "random",
+        "weights_sha256": checkpoint.weights_sha256,
+    }
+    return Routing(units, Curve([0.1, 0.5], [-1.0, 1.0]), metadata)
 
 
 def forget_cache() -> bool:
@@ -82,14 +91,17 @@ def export(model: Path, out: Path, kind: str) -> dict[str, Any]:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    start = time.monotonic()
-    write(checkpoint, routing, out, "model.onnx", dtype, int4=int4)
-    seconds = time.monotonic() - start
-    done.set()
-    watcher.join()
+    try:
+        start = time.monotonic()
+        write(checkpoint, routing, out, "model.onnx", dtype, int4=int4)
+        seconds = time.monotonic() - start
+    finally:
+        done.set()
+        watcher.join()
     onnx.checker.check_model(out / "model.onnx")
     options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it is about loading alone
     ort.InferenceSession(out / "model.onnx", options, providers=["CPUExecutionProvider"])
     largest = max(checkpoint.read(name).numel() for name in checkpoint.shards) * 4
     size = sum(file.stat().st_size for file in out.iterdir())
