@@ -3,7 +3,8 @@
     python benchmarks/quality.py MODEL --calibration PATH[=weight] ... --text NAME=PATH ... [--seeds 0,1,2]
     python benchmarks/quality.py --print RESULT.json
 
-Every fit runs whole, in a fresh process, so that its time and peak memory are its own. Results are saved after every fit;
+Every fit runs in a fresh process, so that its peak memory is its own; what one process needs once for several sparsities, or
+for a method that goes on from another, counts in full for each. Results are saved after every process;
 the same command goes on where it stopped, and seeds, sparsities or methods can be added to a file.
 """
 
@@ -16,7 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from quality_methods import GROUPS, LABELS, SEEDLESS, Job, run_job
+from quality_methods import END_TO_END, GROUPS, LABELS, SEEDLESS, Job, run_job
 from quality_setting import BLOCK, command_line, describe, parse_texts, read_text
 from quality_tables import print_all
 
@@ -103,10 +104,12 @@ def jobs(
     for group, asked in ((("dense",), [0.0]), (("static",), sparsities)):
         yield from job(group, asked, 0)
     for seed in seeds:
-        for sparsity in sparsities:
-            for group in GROUPS:
-                if group[0] not in SEEDLESS:
+        for group in GROUPS:
+            if group[0] in END_TO_END:
+                for sparsity in sparsities:
                     yield from job(group, [sparsity], seed)
+            elif group[0] not in SEEDLESS:
+                yield from job(group, sparsities, seed)
 
 
 def run_alone(job: Job) -> list[dict[str, Any]]:

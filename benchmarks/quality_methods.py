@@ -1,7 +1,7 @@
 """The methods that the quality table compares, and the job that runs one of them in a process of its own."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,18 +17,18 @@ from ir_convert.calibrate import Options
 from ir_convert.calibrate.calibrate import check_reachable
 from ir_convert.calibrate.fitted import Fitted
 from ir_convert.calibrate.forecaster import Moments
-from ir_convert.calibrate.recipes import fit
+from ir_convert.calibrate.recipes import fit, polish
 from ir_convert.checkpoint import Checkpoint
 from ir_convert.data import Blocks
 from ir_convert.decoder import Decoder
 from ir_convert.errors import UserError
 from ir_convert.flops import Budget
 from ir_convert.progress import Silent
-from ir_convert.stream import Team, Work
+from ir_convert.stream import Result, Team, Work
 from ir_convert.units import Forecaster, RoutedUnit, Router
 
 # Methods that share one fit stand together; what the table prints for each.
-GROUPS = (("dense",), ("static",), ("local", "random"), ("polish",), ("paper",), ("greedy-local",), ("greedy",),
+GROUPS = (("dense",), ("static",), ("local", "polish", "random"), ("paper",), ("greedy-local",), ("greedy",),
           ("mlp-only",), ("strict",))  # fmt: skip
 LABELS = {
     "dense": "dense",
@@ -43,6 +43,7 @@ LABELS = {
     "strict": "informed, strict K/V",
 }
 SEEDLESS = ("dense", "static")
+END_TO_END = ("paper", "greedy")  # nothing that they learn serves two sparsities
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Job:
 
     Attributes:
         methods: of one group, measured after one fit.
-        sparsities: one, but all of them for static dropping, whose search serves all; none for the dense model.
+        sparsities: static dropping's search and the local recipe's dense passes serve all; the rest of a fit is for one.
         texts: blocks to measure on, by name.
     """
 
@@ -66,11 +67,10 @@ class Job:
     device: str
 
 
-def options_of(method: str, sparsity: float, seed: int, steps: int, polish: int) -> Options:
+def options_of(method: str, sparsity: float, seed: int, steps: int) -> Options:
     plain = Options(sparsity=sparsity, seed=seed, steps=steps)
     return {
         "local": plain,
-        "polish": replace(plain, polish=polish),
         "paper": replace(plain, recipe="paper"),
         "greedy-local": replace(plain, rank=0),
         "greedy": replace(plain, recipe="greedy"),
@@ -90,31 +90,73 @@ def run_job(job: Job) -> list[dict[str, Any]]:
         return [common | {"method": "dense", "asked": 0.0} | row for row in rows]
     if job.methods == ("static",):
         return _run_static(job, checkpoint, common)
-    (sparsity,) = job.sparsities
-    # Random routing takes the local recipe's forecasters.
-    name = "local" if "random" in job.methods else job.methods[0]
-    options = options_of(name, sparsity, job.seed, job.steps, job.polish).settled(checkpoint.config)
+    work = DensePasses()
+    return [
+        common | {"asked": sparsity} | row
+        for sparsity in job.sparsities
+        for row in _run_fit(job, sparsity, checkpoint, device, work)
+    ]
+
+
+def _run_fit(
+    job: Job, sparsity: float, checkpoint: Checkpoint, device: torch.device, work: "DensePasses"
+) -> Iterator[dict[str, Any]]:
+    """Fits for one sparsity and measures every method of the job."""
+    # Polish goes on from the local recipe's result, and random routing takes its forecasters.
+    name = "local" if {"polish", "random"} & {*job.methods} else job.methods[0]
+    options = options_of(name, sparsity, job.seed, job.steps).settled(checkpoint.config)
     try:
         check_reachable(checkpoint, options)
     except UserError as error:
-        return [common | {"method": method, "asked": sparsity, "failed": str(error)} for method in job.methods]
-    start = _now()
+        yield from ({"method": method, "failed": str(error)} for method in job.methods)
+        return
+    start, before = _now(), work.saved
     with _skipping() if name == "greedy-local" else nullcontext():
-        fitted = fit(checkpoint, job.blocks, options, device, Work(), Team(), Silent())
-    recipe, records = _now(), []
-    for method in job.methods:
+        fitted = fit(checkpoint, job.blocks, options, device, work, Team(), work)
+    taken = tuple(own + saved for own, saved in zip(_elapsed(start), before, strict=True))
+    # Polish last: its peak memory and time come on top of the recipe's.
+    for method in sorted(job.methods, key=lambda method: method == "polish"):
+        if method == "polish":
+            start = _now()
+            fitted = polish(fitted, job.blocks, replace(options, polish=job.polish), Work(), Team(), Silent())
+            taken = tuple(own + recipe for own, recipe in zip(_elapsed(start), taken, strict=True))
         routed = _random(fitted, sparsity, job.seed) if method == "random" else _thresholded(fitted, options)
         # A method's time is its recipe's, and what it takes to set its threshold.
         begin, cost = _now(), {}
         try:
             threshold, slope = deploy(routed, job.blocks.threshold, sparsity)
-            cost = _cost(tuple(b - (r - s) for b, r, s in zip(begin, recipe, start, strict=True)), job.device)
+            cost = _cost(tuple(now - recipe for now, recipe in zip(begin, taken, strict=True)), job.device)
             rows = two_views(routed, threshold, slope, job.texts, sparsity)
         except OutOfReachError:
             rows = [{"failed": f"no threshold saves {sparsity:g} on every text"}]
-        cost |= {"recipe_seconds": recipe[0] - start[0]}
-        records += [common | cost | {"method": method, "asked": sparsity} | row for row in rows]
-    return records
+        yield from (cost | {"recipe_seconds": taken[0], "method": method} | row for row in rows)
+
+
+class DensePasses(Work, Silent):
+    """Keeps what the local recipe learnt of the dense model: it is the same at every sparsity.
+
+    Attributes:
+        saved: seconds, wall and processor's, that each further fit is spared, and that count for it all the same.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.saved: tuple[float, ...] = (0.0, 0.0)
+        self._results: dict[str, Result] = {}
+
+    def load(self, step: str) -> Result | None:
+        return self._results.get(step)
+
+    def save(self, step: str, result: Result) -> None:
+        if step.startswith(("forward.", "backward.")):
+            self._results[step] = result
+
+    @contextmanager
+    def stage(self, name: str, steps: int, tokens: int = 0) -> Iterator[Callable[[], None]]:
+        start, dense = _now(), name in ("forward", "backward") and f"{name}.{steps - 1}" not in self._results
+        yield lambda: None
+        if dense:
+            self.saved = tuple(sum(parts) for parts in zip(self.saved, _elapsed(start), strict=True))
 
 
 def _run_static(job: Job, checkpoint: Checkpoint, common: dict[str, Any]) -> list[dict[str, Any]]:
@@ -132,12 +174,16 @@ def _now() -> tuple[float, ...]:
     return time.monotonic(), time.process_time()
 
 
+def _elapsed(start: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(now - then for now, then in zip(_now(), start, strict=True))
+
+
 def _cost(start: tuple[float, ...], device: str) -> dict[str, Any]:
     """Returns time since ``start`` and peak memory. On a busy machine processor time says more than wall time."""
     cuda = device.startswith("cuda")
     if cuda:
         torch.cuda.synchronize()
-    wall, processor = (now - then for now, then in zip(_now(), start, strict=True))
+    wall, processor = _elapsed(start)
     return {
         "fit_seconds": wall,
         "fit_cpu_seconds": processor,

@@ -37,15 +37,14 @@ def fit(
 ) -> Fitted:
     """Runs the recipe that settled ``options`` name, and the polish if they ask for one."""
     decoder = Decoder(checkpoint, device)
-    # The end-to-end stages want a sparsity to aim at; at 0 any will do.
-    aim = options.sparsity or 0.25
+    aim = _aim(options)
     meter = Meter(decoder, blocks.threshold, options.kv_cache, work, team, report)
     if options.recipe == "local":
         fitted = fit_local(decoder, blocks, replace(options, sparsity=aim), meter, work, team, report)
     else:
         fitted = _end_to_end(checkpoint, blocks, options, aim, meter, work, report)
     if options.polish:
-        fitted = _polish(fitted, blocks, options, aim, meter, work, report)
+        fitted = polish(fitted, blocks, options, work, team, report)
     return fitted
 
 
@@ -103,17 +102,17 @@ def _end_to_end(
     return Fitted(units, decoder, scores, (aim, meter.near(units, scores, aim, "lora")), lora=lora)
 
 
-def _polish(
-    fitted: Fitted, blocks: Blocks, options: Options, aim: float, meter: Meter, work: Work, report: Reporter
-) -> Fitted:
-    from .endtoend import Descent, cut, polish
+def polish(fitted: Fitted, blocks: Blocks, options: Options, work: Work, team: Team, report: Reporter) -> Fitted:
+    """Goes on from a recipe's result with ``options.polish`` end-to-end steps."""
+    from .endtoend import Descent, cut, train_polish
 
-    meter = replace(meter, decoder=fitted.decoder)
+    aim = _aim(options)
+    meter = Meter(fitted.decoder, blocks.threshold, options.kv_cache, work, team, report)
     # The recipe's threshold was measured before its last step; training holds the one it starts at.
     threshold = meter.near(fitted.units, fitted.scores, aim, "refitted")
 
     def train() -> Result:
-        units, _ = polish(
+        units, _ = train_polish(
             fitted.decoder.checkpoint,
             fitted.units,
             cut(blocks.fit, LENGTH),
@@ -134,6 +133,11 @@ def _polish(
     scores = _dense_scores(fitted.decoder, units, blocks.threshold)
     near = meter.near(units, scores, aim, "polished")
     return replace(fitted, units=units, scores=scores, near=(aim, near))
+
+
+def _aim(options: Options) -> float:
+    """The end-to-end stages want a sparsity to aim at; at 0 any will do."""
+    return options.sparsity or 0.25
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import json
 import math
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,29 @@ def test_goes_on_where_it_stopped(table, quality, monkeypatch, capsys):
     assert "greedy, end to end" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="another configuration"):
         quality.main([*command, "--steps", "3"])
+
+
+def test_shared_passes_change_nothing(table, quality, monkeypatch):
+    """Fits for two sparsities, and a polish that goes on from one, give what each gives by itself."""
+    monkeypatch.setattr("ir_convert.calibrate.refit.ACTIVATION_STEPS", 5)
+    monkeypatch.setattr("ir_convert.calibrate.router.STEPS", 5)
+    *_, out, command = table
+    jobs = []
+    monkeypatch.setattr(quality, "run_alone", lambda job: jobs.append(job) or [])
+    asked = ["--sparsities", "0.2,0.3", "--methods", "local,polish", "--polish", "2"]
+    quality.main([*command, *asked, "--out", str(out.with_name("shared.json"))])
+    (job,) = jobs
+    together = quality.run_job(job)
+    alone = quality.run_job(replace(job, sparsities=(0.3,)))
+    figures = ("method", "source", "view", "perplexity", "kl", "achieved")
+
+    def of(records):
+        return [[row[name] for name in figures] for row in records if row["asked"] == 0.3]
+
+    assert of(together) == of(alone)
+    second = next(row for row in together if row["asked"] == 0.3)
+    first = next(row for row in together if row["asked"] == 0.2)
+    assert second["recipe_seconds"] > 0.5 * first["recipe_seconds"]
 
 
 def test_interpolation():

@@ -4,7 +4,17 @@ from .gates import Gates
 from .lora import train_lora
 from .model import RoutedModel
 from .paper import train_paper, uniform_shapes
-from .polish import polish
+from .polish import train_polish
 from .train import Descent, Trace, cut
 
-__all__ = ["Descent", "Gates", "RoutedModel", "Trace", "cut", "polish", "train_lora", "train_paper", "uniform_shapes"]
+__all__ = [
+    "Descent",
+    "Gates",
+    "RoutedModel",
+    "Trace",
+    "cut",
+    "train_lora",
+    "train_paper",
+    "train_polish",
+    "uniform_shapes",
+]

@@ -19,7 +19,7 @@ from .workers import Workers
 POLISH = Descent(steps=100, batch=16, lr=1e-3)
 
 
-def polish(
+def train_polish(
     checkpoint: Checkpoint,
     units: Units,
     fit_blocks: Tensor,

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from ir_convert.calibrate.endtoend import Descent, polish, train_lora, train_paper, uniform_shapes
+from ir_convert.calibrate.endtoend import Descent, train_lora, train_paper, train_polish, uniform_shapes
 from ir_convert.calibrate.endtoend import model as routed_model
 from ir_convert.checkpoint import Checkpoint
 from ir_convert.routing import Routing
@@ -29,9 +29,9 @@ def runs(model: str, routing: str) -> dict[str, list[torch.Tensor]]:
     shapes = uniform_shapes(checkpoint.config, rank=3, width=4)
     options = {"threshold": 0.3, "sparsity": 0.3, "descent": SHORT}
     paper, _ = train_paper(checkpoint, ids, shapes, sparsity=0.3, forecasters=SHORT, routers=SHORT)
-    plain, _ = polish(checkpoint, units, ids, forecaster_lr=1e-3, **options)
-    checkpointed, _ = polish(checkpoint, units, ids, kv_cache="strict", gradient_checkpointing=True, **options)
-    distilled, _ = polish(checkpoint, units, ids, distil=True, **options)
+    plain, _ = train_polish(checkpoint, units, ids, forecaster_lr=1e-3, **options)
+    checkpointed, _ = train_polish(checkpoint, units, ids, kv_cache="strict", gradient_checkpointing=True, **options)
+    distilled, _ = train_polish(checkpoint, units, ids, distil=True, **options)
     lora, _ = train_lora(checkpoint, units, ids, threshold=0.3, rank=2, descent=SHORT)
     return {
         "paper": flat(paper),

@@ -11,7 +11,7 @@ from ir_convert.calibrate.endtoend.lora import Adapters, train_lora
 from ir_convert.calibrate.endtoend.model import RoutedModel
 from ir_convert.calibrate.endtoend.objective import IGNORED, prediction_loss, share_saved
 from ir_convert.calibrate.endtoend.paper import train_paper, uniform_shapes
-from ir_convert.calibrate.endtoend.polish import polish
+from ir_convert.calibrate.endtoend.polish import train_polish
 from ir_convert.calibrate.endtoend.train import Descent, batches, cut
 from ir_convert.checkpoint import Checkpoint
 from ir_convert.errors import UserError
@@ -85,7 +85,9 @@ def test_penalty_moves_the_saved_share_to_the_asked_one(small, asked):
     checkpoint, units, ids = small
     before = saved(checkpoint, units, ids, THRESHOLD)
     descent = Descent(steps=25, batch=8, lr=2e-2)
-    moved, trace = polish(checkpoint, units, ids, threshold=THRESHOLD, sparsity=asked, descent=descent, penalty=100.0)
+    moved, trace = train_polish(
+        checkpoint, units, ids, threshold=THRESHOLD, sparsity=asked, descent=descent, penalty=100.0
+    )
     assert trace.saved[0] == pytest.approx(before, abs=1e-5)
     assert abs(saved(checkpoint, moved, ids, THRESHOLD) - asked) < 0.5 * abs(before - asked)
 
@@ -94,20 +96,20 @@ def test_polish_trains_routers_alone_unless_asked(small):
     checkpoint, units, ids = small
     original = {key: dataclasses.replace(routed) for key, routed in units.items()}
     options = {"threshold": THRESHOLD, "sparsity": 0.3, "descent": SHORT}
-    alone, _ = polish(checkpoint, units, ids, **options)
-    both, _ = polish(checkpoint, units, ids, forecaster_lr=1e-3, **options)
+    alone, _ = train_polish(checkpoint, units, ids, **options)
+    both, _ = train_polish(checkpoint, units, ids, forecaster_lr=1e-3, **options)
     assert equal(alone, units, "forecaster")
     assert not equal(alone, units, "router")
     assert not equal(both, units, "forecaster")
     assert equal(units, original)
-    assert equal(alone, polish(checkpoint, units, ids, **options)[0])
+    assert equal(alone, train_polish(checkpoint, units, ids, **options)[0])
 
 
 def test_polish_at_rate_zero_changes_nothing_averaged_or_not(small):
     checkpoint, units, ids = small
     for average in (False, True):
         still = Descent(steps=3, batch=2, lr=0.0, average=average, weight_decay=0.1, clip_norm=1.0)
-        assert equal(polish(checkpoint, units, ids, threshold=THRESHOLD, sparsity=0.3, descent=still)[0], units)
+        assert equal(train_polish(checkpoint, units, ids, threshold=THRESHOLD, sparsity=0.3, descent=still)[0], units)
 
 
 def test_mlp_only_routes_nothing_else(small):
@@ -115,15 +117,17 @@ def test_mlp_only_routes_nothing_else(small):
     shapes = uniform_shapes(checkpoint.config, rank=3, width=2, units=("mlp",))
     units, _ = train_paper(checkpoint, ids, shapes, sparsity=0.3, forecasters=SHORT, routers=SHORT)
     assert {unit for _, unit in units} == {"mlp"}
-    polished, _ = polish(checkpoint, units, ids, threshold=0.0, sparsity=0.3, descent=SHORT)
+    polished, _ = train_polish(checkpoint, units, ids, threshold=0.0, sparsity=0.3, descent=SHORT)
     assert polished.keys() == units.keys()
 
 
 def test_micro_batches_give_the_whole_batchs_step(small):
     checkpoint, units, ids = small
     options = {"threshold": THRESHOLD, "sparsity": 0.3, "penalty": 0.0}
-    whole, _ = polish(checkpoint, units, ids, descent=Descent(steps=2, batch=4, lr=1e-3), **options)
-    parts, _ = polish(checkpoint, units, ids, descent=Descent(steps=2, batch=4, lr=1e-3, micro_batch=1), **options)
+    whole, _ = train_polish(checkpoint, units, ids, descent=Descent(steps=2, batch=4, lr=1e-3), **options)
+    parts, _ = train_polish(
+        checkpoint, units, ids, descent=Descent(steps=2, batch=4, lr=1e-3, micro_batch=1), **options
+    )
     for key, routed in whole.items():
         for name, tensor in routed.tensors().items():
             torch.testing.assert_close(tensor, parts[key].tensors()[name], atol=1e-4, rtol=1e-4)
@@ -131,13 +135,13 @@ def test_micro_batches_give_the_whole_batchs_step(small):
 
 def test_distilled_loss_is_zero_at_the_dense_model_and_labels_can_be_left_out(small):
     checkpoint, units, ids = small
-    _, trace = polish(checkpoint, units, ids, threshold=-1e9, sparsity=0.3, descent=SHORT, distil=True)
+    _, trace = train_polish(checkpoint, units, ids, threshold=-1e9, sparsity=0.3, descent=SHORT, distil=True)
     assert trace.language[0] == pytest.approx(0, abs=1e-5)
     labels = ids.clone()
     labels[:, :8] = IGNORED
     options = {"threshold": THRESHOLD, "sparsity": 0.3, "descent": SHORT}
-    _, partial = polish(checkpoint, units, ids, labels=labels, **options)
-    _, full = polish(checkpoint, units, ids, **options)
+    _, partial = train_polish(checkpoint, units, ids, labels=labels, **options)
+    _, full = train_polish(checkpoint, units, ids, **options)
     assert partial.language[0] != pytest.approx(full.language[0], abs=1e-4)
 
 
@@ -165,7 +169,7 @@ def test_folded_lora_is_the_lora_that_was_applied(small):
 def test_a_loss_that_is_not_finite_names_stage_and_step(small):
     checkpoint, units, ids = small
     with pytest.raises(UserError, match=r"polish: the loss is nan at step \d of 4"):
-        polish(
+        train_polish(
             checkpoint,
             units,
             ids,
@@ -178,4 +182,4 @@ def test_a_loss_that_is_not_finite_names_stage_and_step(small):
 def test_batches_that_cannot_be_cut_are_refused(small):
     checkpoint, units, ids = small
     with pytest.raises(UserError, match="equal pieces of 2"):
-        polish(checkpoint, units, ids, threshold=0.0, sparsity=0.3, descent=Descent(1, 3, 1e-3, micro_batch=2))
+        train_polish(checkpoint, units, ids, threshold=0.0, sparsity=0.3, descent=Descent(1, 3, 1e-3, micro_batch=2))
