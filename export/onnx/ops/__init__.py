@@ -1,0 +1,10 @@
+"""Native kernels for the units' functions: a library that ONNX Runtime loads, built from the sources in this folder.
+
+A model is whole without it: its functions run in standard operators. Where the library is registered, its kernels replace
+the functions of domain ``ir``; see README.md for what it supports.
+"""
+
+from .building import build
+from .library import find, supported
+
+__all__ = ["build", "find", "supported"]

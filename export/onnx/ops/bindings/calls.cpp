@@ -1,0 +1,124 @@
+#include "calls.h"
+
+namespace ir {
+
+namespace {
+
+// Takes a call's inputs one after the other.
+class Reader {
+ public:
+  Reader(const Op& op, const Context& context) : signature_(op.signature), context_(context) {}
+
+  Tensor next() {
+    const Input& input = signature_.inputs[index_];
+    Tensor tensor = context_.input(index_++);
+    if (!tensor.present && !input.optional) throw Error(std::string(input.name) + " is missing");
+    return tensor;
+  }
+  void skip() { ++index_; }
+
+ private:
+  const Signature& signature_;
+  const Context& context_;
+  size_t index_ = 0;
+};
+
+// Throws unless the tensor, if it is there at all, has this shape.
+void expect(const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape) {
+  if (!tensor.present) return;
+  bool same = tensor.rank == shape.size();
+  for (size_t i = 0; same && i < tensor.rank; ++i) same = tensor.shape[i] == shape.begin()[i];
+  if (same) return;
+  Tensor wanted;
+  for (const int64_t size : shape) wanted.shape[wanted.rank++] = size;
+  throw Error(std::string(name) + " has shape " + tensor.text() + ", not " + wanted.text());
+}
+
+void expect_rank(const char* name, const Tensor& tensor, size_t rank) {
+  if (tensor.rank != rank)
+    throw Error(std::string(name) + " has shape " + tensor.text() + ", not " + std::to_string(rank) + " dimensions");
+}
+
+}  // namespace
+
+MlpCall::MlpCall(const Op& op, const Context& context) {
+  Reader reader(op, context);
+  h = reader.next();
+  if (op.signature.routed) forecast = reader.next(), execute = reader.next();
+  gate_weight = reader.next(), up_weight = reader.next(), down_weight = reader.next();
+  gate_bias = reader.next(), up_bias = reader.next(), down_bias = reader.next();
+  post_norm = reader.next();
+
+  expect_rank("h", h, 3);
+  expect_rank("gate_weight", gate_weight, 2);
+  batch = h.shape[0], sequence = h.shape[1], width = h.shape[2], hidden = gate_weight.shape[1];
+  expect("forecast", forecast, {batch, sequence, width});
+  expect("execute", execute, {batch, sequence});
+  expect("gate_weight", gate_weight, {width, hidden});
+  expect("up_weight", up_weight, {width, hidden});
+  expect("down_weight", down_weight, {hidden, width});
+  expect("gate_bias", gate_bias, {hidden});
+  expect("up_bias", up_bias, {hidden});
+  expect("down_bias", down_bias, {width});
+  expect("post_norm", post_norm, {width});
+}
+
+AttentionSetting::AttentionSetting(const Info& info)
+    : heads(info.required("num_heads")),
+      kv_heads(info.required("kv_num_heads")),
+      head_dim(info.required("head_dim")),
+      rotary_dim(info.attribute("rotary_dim", int64_t{0})),
+      scale(info.required_float("scale")),
+      softcap(info.attribute("softcap", 0.0F)),
+      epsilon(info.attribute("epsilon", 1e-5F)),
+      residual_multiplier(info.attribute("residual_multiplier", 1.0F)) {
+  if (rotary_dim == 0) rotary_dim = head_dim;
+  if (kv_heads < 1 || head_dim < 1 || heads < 1 || heads % kv_heads != 0)
+    throw Error(std::to_string(heads) + " query heads over " + std::to_string(kv_heads) + " key/value heads of " +
+                std::to_string(head_dim));
+  if (rotary_dim < 0 || rotary_dim > head_dim || rotary_dim % 2 != 0)
+    throw Error("rotary_dim " + std::to_string(rotary_dim) + " of heads of " + std::to_string(head_dim));
+}
+
+AttentionCall::AttentionCall(const Op& op, const AttentionSetting& setting, const Context& context) {
+  Reader reader(op, context);
+  h = reader.next();
+  if (op.signature.routed) forecast = reader.next(), execute = reader.next();
+  cos = reader.next(), sin = reader.next(), mask = reader.next();
+  for (int hint = 0; hint < 4; ++hint) reader.skip();  // step_bias, start, total, step
+  past_key = reader.next(), past_value = reader.next();
+  q_weight = reader.next(), k_weight = reader.next(), v_weight = reader.next(), o_weight = reader.next();
+  q_bias = reader.next(), k_bias = reader.next(), v_bias = reader.next(), o_bias = reader.next();
+  q_norm = reader.next(), k_norm = reader.next(), post_norm = reader.next();
+
+  expect_rank("h", h, 3);
+  expect_rank("mask", mask, 3);
+  expect_rank("past_key", past_key, 4);
+  batch = h.shape[0], sequence = h.shape[1], width = h.shape[2];
+  total = mask.shape[2], capacity = past_key.shape[2];
+  const int64_t q = setting.heads * setting.head_dim, kv = setting.kv_heads * setting.head_dim;
+  expect("forecast", forecast, {batch, sequence, width});
+  expect("execute", execute, {batch, sequence});
+  expect("cos", cos, {batch, sequence, setting.rotary_dim / 2});
+  expect("sin", sin, {batch, sequence, setting.rotary_dim / 2});
+  expect("mask", mask, {batch, sequence, total});
+  expect("past_key", past_key, {batch, setting.kv_heads, capacity, setting.head_dim});
+  expect("past_value", past_value, {batch, setting.kv_heads, capacity, setting.head_dim});
+  expect("q_weight", q_weight, {width, q});
+  expect("k_weight", k_weight, {width, kv});
+  expect("v_weight", v_weight, {width, kv});
+  expect("o_weight", o_weight, {q, width});
+  expect("q_bias", q_bias, {q});
+  expect("k_bias", k_bias, {kv});
+  expect("v_bias", v_bias, {kv});
+  expect("o_bias", o_bias, {width});
+  // A norm is of each head, or of all heads together.
+  expect("q_norm", q_norm, {q_norm.shape[0] == setting.head_dim ? setting.head_dim : q});
+  expect("k_norm", k_norm, {k_norm.shape[0] == setting.head_dim ? setting.head_dim : kv});
+  expect("post_norm", post_norm, {width});
+  if (total < sequence || (!in_place() && capacity != start()))
+    throw Error("mask " + mask.text() + " and past_key " + past_key.text() + " do not fit " + std::to_string(sequence) +
+                " new tokens");
+}
+
+}  // namespace ir

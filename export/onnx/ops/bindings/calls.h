@@ -1,0 +1,39 @@
+// The inputs of one call of a unit, read in the order of its signature and held against each other's shapes.
+#pragma once
+
+#include "op.h"
+
+namespace ir {
+
+struct MlpCall {
+  Tensor h, forecast, execute;  // the latter two are absent in a plain unit
+  Tensor gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias, post_norm;
+  int64_t batch, sequence, width, hidden;  // h is [batch, sequence, width]
+
+  MlpCall(const Op& op, const Context& context);
+};
+
+// The attributes of an attention unit.
+struct AttentionSetting {
+  int64_t heads, kv_heads, head_dim, rotary_dim;  // rotary_dim as the cosines have it: never 0
+  float scale, softcap, epsilon, residual_multiplier;
+
+  explicit AttentionSetting(const Info& info);
+};
+
+struct AttentionCall {
+  Tensor h, forecast, execute, cos, sin, mask, past_key, past_value;
+  Tensor q_weight, k_weight, v_weight, o_weight, q_bias, k_bias, v_bias, o_bias, q_norm, k_norm, post_norm;
+  int64_t batch, sequence, width;
+  int64_t total;     // T: slots in use after this call; the new tokens are the last of them
+  int64_t capacity;  // of past_key: the present has max(capacity, total) slots
+
+  AttentionCall(const Op& op, const AttentionSetting& setting, const Context& context);
+
+  int64_t start() const { return total - sequence; }
+  // Whether the past has room: its slots from start on are written. If not, the present is the past and the new tokens.
+  bool in_place() const { return capacity >= total; }
+  int64_t slots() const { return in_place() ? capacity : total; }
+};
+
+}  // namespace ir

@@ -1,0 +1,63 @@
+// An operator: a unit's signature, one float type and one execution provider, with the kernel that computes it.
+#pragma once
+
+#include <memory>
+
+#include "runtime.h"
+
+namespace ir {
+
+// The types of inputs: F is the operator's own float type.
+enum class Type { kF, kBool, kInt32 };
+
+struct Input {
+  const char* name;
+  Type type = Type::kF;
+  bool optional = false;
+  bool host = false;  // small, and wanted in the CPU's memory by every provider
+};
+
+// A function of functions.py: its name, and its inputs and outputs in order. All outputs are F.
+struct Signature {
+  const char* name;
+  const Input* inputs;
+  size_t input_count;
+  size_t output_count;
+  bool routed;  // has inputs forecast, at 1, and execute
+
+  size_t index(const char* input) const;
+};
+
+class Kernel {
+ public:
+  virtual ~Kernel() = default;
+  virtual void compute(const Context& context) const = 0;  // may run in several threads at once
+};
+
+struct Op;
+using Make = std::unique_ptr<Kernel> (*)(const Op& op, const Info& info);
+
+// One line of the registration table.
+struct Op : abi::CustomOp {
+  const Signature& signature;
+  int element;           // F
+  const char* provider;  // null: the CPU
+  Make make;
+
+  Op(const Signature& signature, int element, const char* provider, Make make);
+
+  std::string text() const;  // for errors: RoutedMLP (float16)
+};
+
+inline constexpr const char* kCpu = nullptr;
+inline constexpr const char* kCuda = "CUDAExecutionProvider";
+
+const char* element_name(int element);  // float32
+
+// Makes a kernel whose constructor takes (op, info).
+template <typename K>
+std::unique_ptr<Kernel> make(const Op& op, const Info& info) {
+  return std::make_unique<K>(op, info);
+}
+
+}  // namespace ir

@@ -1,0 +1,69 @@
+// What ONNX Runtime calls when the library is registered, and the table of all that it then knows.
+#include "cpu.h"
+#include "signatures.h"
+#ifdef IR_CUDA
+#include "cuda.h"
+#endif
+
+namespace ir {
+
+namespace {
+
+const abi::Api* g_api = nullptr;
+
+// All operators. Once ONNX Runtime knows a name in a domain, it runs no function of that name: what is missing here for a
+// provider or a type does not run at all.
+const Op kTable[] = {
+#define IR_UNITS(element, provider, mlp, attention)                  \
+  {kRoutedMlp, element, provider, make<mlp>},                        \
+      {kDenseMlp, element, provider, make<mlp>},                     \
+      {kRoutedAttention, element, provider, make<attention>},        \
+      {kRoutedAttentionStrict, element, provider, make<attention>},  \
+      {kDenseAttention, element, provider, make<attention>}
+    IR_UNITS(abi::kFloat, kCpu, CpuMlp<float>, CpuAttention<float>),
+    IR_UNITS(abi::kFloat16, kCpu, CpuMlp<Half>, CpuAttention<Half>),
+#ifdef IR_CUDA
+    IR_CUDA_UNITS  // as above; cuda.h defines it
+#endif
+#undef IR_UNITS
+};
+
+}  // namespace
+
+const abi::Api& api() { return *g_api; }
+
+}  // namespace ir
+
+#define IR_EXPORT extern "C" __attribute__((visibility("default")))
+
+// The table in words: a line "provider function type" for each operator.
+IR_EXPORT const char* IrOpsTable() {
+  static const std::string table = [] {
+    std::string table;
+    for (const ir::Op& op : ir::kTable)
+      table += std::string(op.provider != ir::kCpu ? op.provider : "CPUExecutionProvider") + ' ' + op.signature.name + ' ' +
+               ir::element_name(op.element) + '\n';
+    return table;
+  }();
+  return table.c_str();
+}
+
+IR_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const ir::abi::Base* base) {
+  using namespace ir;
+  const abi::Table* table = base->GetApi(abi::kVersion);
+  if (table == nullptr) {
+    const std::string message = std::string("the library of domain ir needs ONNX Runtime 1.21, this is ") + base->GetVersionString();
+    return abi::CreateStatusOf(base->GetApi(1))(abi::kFail, message.c_str());
+  }
+  static const abi::Api api(table);
+  g_api = &api;
+  // One domain for all sessions; it lives as long as the library.
+  static OrtCustomOpDomain* domain = nullptr;
+  static OrtStatus* status = [] {
+    OrtStatus* status = api.CreateCustomOpDomain("ir", &domain);
+    for (const Op& op : kTable)
+      if (status == nullptr) status = api.CustomOpDomain_Add(domain, &op);
+    return status;
+  }();
+  return status != nullptr ? status : api.AddCustomOpDomain(options, domain);
+}

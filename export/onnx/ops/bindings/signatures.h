@@ -1,0 +1,10 @@
+// The signatures of the functions in functions.py, whose order of inputs they keep.
+#pragma once
+
+#include "op.h"
+
+namespace ir {
+
+extern const Signature kRoutedMlp, kDenseMlp, kRoutedAttention, kRoutedAttentionStrict, kDenseAttention;
+
+}  // namespace ir

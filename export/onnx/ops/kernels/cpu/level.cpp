@@ -1,0 +1,1 @@
+// The CPU kernels for one instruction set.

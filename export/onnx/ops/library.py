@@ -1,0 +1,55 @@
+"""Where the built library lies, and what it has kernels for."""
+
+import ctypes
+import hashlib
+import os
+import platform
+from functools import cache
+from pathlib import Path
+
+import ir_convert
+from ir_convert.errors import UserError
+
+SOURCES = Path(__file__).parent
+SUFFIXES = (".txt", ".h", ".cpp", ".cuh", ".cu")
+NAME = "libir_ops.dylib" if platform.system() == "Darwin" else "libir_ops.so"
+VARIABLE = "IR_CONVERT_OPS"  # names a library to use in place of the built one
+
+
+def location() -> Path:
+    """Returns where ``build`` puts the library of these very sources: a folder of the user's own, which may not exist."""
+    digest = hashlib.sha256(f"{ir_convert.__version__} {platform.system()} {platform.machine()}".encode())
+    for source in sorted(path for path in SOURCES.rglob("*") if path.suffix in SUFFIXES):
+        digest.update(source.relative_to(SOURCES).as_posix().encode() + b"\0" + source.read_bytes() + b"\0")
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return caches / "ir-convert" / "ops" / digest.hexdigest()[:16] / NAME
+
+
+def find() -> Path | None:
+    """Returns the library that the environment names, or else the built one; None where there is none.
+
+    Raises:
+        UserError: the environment names a file that does not exist.
+    """
+    if named := os.environ.get(VARIABLE):
+        if not Path(named).is_file():
+            raise UserError(f"{VARIABLE} names '{named}', which does not exist")
+        return Path(named)
+    built = location()
+    return built if built.is_file() else None
+
+
+@cache
+def supported(library: Path) -> frozenset[tuple[str, str, str]]:
+    """Returns what a library has kernels for: (execution provider, function, type), such as
+    ``("CPUExecutionProvider", "RoutedMLP", "float16")``.
+
+    Raises:
+        UserError: it cannot be loaded, or is not a library of this kind.
+    """
+    try:
+        table = ctypes.CDLL(str(library)).IrOpsTable
+    except (OSError, AttributeError) as error:
+        raise UserError(f"{library} is not a library of native kernels: {error}") from error
+    table.restype = ctypes.c_char_p
+    return frozenset((provider, name, kind) for provider, name, kind in map(str.split, table().decode().splitlines()))
