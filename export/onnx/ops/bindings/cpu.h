@@ -1,29 +1,50 @@
 // The units on CPUs.
 #pragma once
 
+#include <vector>
+
+#include "../kernels/cpu/units.h"
 #include "calls.h"
 
 namespace ir {
 
-struct Half {  // IEEE binary16, as it is stored
-  uint16_t bits;
+using cpu::Half;
+
+// A unit's weights, packed when its kernel is made. One that is no constant of the model is read as it is, which is slower.
+// As with ONNX Runtime's own products, what is packed is a copy; the file's pages are not read again.
+template <typename T>
+class Weights {
+ public:
+  Weights(const Op& op, const Info& info, std::initializer_list<const char*> names);
+  cpu::Weight<T> operator()(size_t index, const Tensor& tensor) const;  // index among names
+
+ private:
+  std::vector<std::vector<T>> packed_;
 };
 
 template <typename T>
 class CpuMlp : public Kernel {
  public:
-  CpuMlp(const Op&, const Info&) {}
-  void compute(const Context&) const override { throw Error("no kernel yet", abi::kNotImplemented); }
+  CpuMlp(const Op& op, const Info& info);
+  void compute(const Context& context) const override;
+
+ private:
+  const Op& op_;
+  bool gelu_;
+  float epsilon_, multiplier_;
+  Weights<T> weights_;
 };
 
 template <typename T>
 class CpuAttention : public Kernel {
  public:
-  CpuAttention(const Op&, const Info& info) : setting_(info) {}
-  void compute(const Context&) const override { throw Error("no kernel yet", abi::kNotImplemented); }
+  CpuAttention(const Op& op, const Info& info);
+  void compute(const Context& context) const override;
 
  private:
+  const Op& op_;
   AttentionSetting setting_;
+  Weights<T> weights_;
 };
 
 }  // namespace ir

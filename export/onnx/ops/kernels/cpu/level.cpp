@@ -1,1 +1,12 @@
-// The CPU kernels for one instruction set.
+// The CPU kernels for one level of the instruction set: IR_LEVEL names it, the compiler's flags say what it has.
+#include "level.h"
+
+#include "attention.h"
+#include "mlp.h"
+
+namespace ir::cpu::IR_LEVEL {
+
+const Level<float> kFloat = {packed_size, pack<float>, mlp<float>, attention<float>};
+const Level<Half> kHalf = {packed_size, pack<Half>, mlp<Half>, attention<Half>};
+
+}  // namespace ir::cpu::IR_LEVEL

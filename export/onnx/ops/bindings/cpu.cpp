@@ -1,0 +1,121 @@
+#include "cpu.h"
+
+#include "../kernels/cpu/level.h"
+#include "signatures.h"
+
+namespace ir {
+
+namespace {
+
+template <typename T>
+const cpu::Level<T>& best() {
+  constexpr bool half = sizeof(T) == sizeof(Half);
+#define IR_LEVEL_OF(level)                        \
+  [&]() -> const cpu::Level<T>& {                 \
+    if constexpr (half) return cpu::level::kHalf; \
+    else return cpu::level::kFloat;               \
+  }()
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("x86-64-v4")) return IR_LEVEL_OF(x86_64_v4);
+  if (__builtin_cpu_supports("x86-64-v3")) return IR_LEVEL_OF(x86_64_v3);
+  return IR_LEVEL_OF(x86_64);
+#else
+  return IR_LEVEL_OF(native);
+#endif
+#undef IR_LEVEL_OF
+}
+
+cpu::Threads threads(const Context& context) {
+  return {context.raw(), [](void* runtime, size_t count, void (*task)(void*, size_t), void* data) {
+            check(api().KernelContext_ParallelFor(static_cast<OrtKernelContext*>(runtime), task, count, 0, data));
+          }};
+}
+
+template <typename T>
+cpu::Contribution<T> contribution(const Tensor& bias, const Tensor& norm, float epsilon, float multiplier,
+                                  const Tensor& forecast, const Tensor& output) {
+  return {bias.as<T>(), norm.as<T>(), epsilon, multiplier, forecast.as<T>(), output.as<T>()};
+}
+
+}  // namespace
+
+template <typename T>
+Weights<T>::Weights(const Op& op, const Info& info, std::initializer_list<const char*> names) {
+  for (const char* name : names) {
+    std::vector<T>& packed = packed_.emplace_back();
+    const Tensor weight = info.constant(op.signature.index(name));
+    if (!weight.present || weight.rank != 2) continue;
+    packed.resize(best<T>().packed_size(weight.shape[0], weight.shape[1]));
+    best<T>().pack(weight.as<T>(), weight.shape[0], weight.shape[1], packed.data());
+  }
+}
+
+template <typename T>
+cpu::Weight<T> Weights<T>::operator()(size_t index, const Tensor& tensor) const {
+  const std::vector<T>& packed = packed_[index];
+  return {tensor.as<T>(), packed.empty() ? nullptr : packed.data(), tensor.shape[0], tensor.shape[1]};
+}
+
+template <typename T>
+CpuMlp<T>::CpuMlp(const Op& op, const Info& info)
+    : op_(op),
+      epsilon_(info.attribute("epsilon", 1e-5F)),
+      multiplier_(info.attribute("residual_multiplier", 1.0F)),
+      weights_(op, info, {"gate_weight", "up_weight", "down_weight"}) {
+  const std::string activation = info.attribute("activation", "silu");
+  gelu_ = activation == "gelu_pytorch_tanh";
+  if (!gelu_ && activation != "silu") throw Error("activation '" + activation + "' is not supported", abi::kNotImplemented);
+}
+
+template <typename T>
+void CpuMlp<T>::compute(const Context& context) const {
+  const MlpCall call(op_, context);
+  const Tensor output = context.output(0, {call.batch, call.sequence, call.width});
+  cpu::Mlp<T> unit{};
+  unit.tokens = call.batch * call.sequence, unit.width = call.width, unit.hidden = call.hidden;
+  unit.h = call.h.as<T>(), unit.execute = call.execute.as<bool>();
+  unit.gate = weights_(0, call.gate_weight), unit.up = weights_(1, call.up_weight), unit.down = weights_(2, call.down_weight);
+  unit.gate_bias = call.gate_bias.as<T>(), unit.up_bias = call.up_bias.as<T>();
+  unit.gelu = gelu_;
+  unit.contribution = contribution<T>(call.down_bias, call.post_norm, epsilon_, multiplier_, call.forecast, output);
+  best<T>().mlp(unit, threads(context));
+}
+
+template <typename T>
+CpuAttention<T>::CpuAttention(const Op& op, const Info& info)
+    : op_(op), setting_(info), weights_(op, info, {"q_weight", "k_weight", "v_weight", "o_weight"}) {}
+
+template <typename T>
+void CpuAttention<T>::compute(const Context& context) const {
+  const AttentionCall call(op_, setting_, context);
+  const Tensor output = context.output(0, {call.batch, call.sequence, call.width});
+  const auto cache = {call.batch, setting_.kv_heads, call.slots(), setting_.head_dim};
+  const Tensor keys = context.output(1, cache), values = context.output(2, cache);
+  cpu::Attention<T> unit{};
+  unit.batch = call.batch, unit.sequence = call.sequence, unit.width = call.width;
+  unit.heads = setting_.heads, unit.kv_heads = setting_.kv_heads;
+  unit.head_dim = setting_.head_dim, unit.rotary_dim = setting_.rotary_dim;
+  unit.total = call.total, unit.past_slots = call.capacity, unit.slots = call.slots();
+  unit.scale = setting_.scale, unit.softcap = setting_.softcap;
+  unit.strict = &op_.signature == &kRoutedAttentionStrict;
+  unit.h = call.h.as<T>(), unit.execute = call.execute.as<bool>();
+  unit.cos = call.cos.as<T>(), unit.sin = call.sin.as<T>(), unit.mask = call.mask.as<bool>();
+  unit.past[0] = call.past_key.as<T>(), unit.past[1] = call.past_value.as<T>();
+  unit.present[0] = keys.as<T>(), unit.present[1] = values.as<T>();
+  unit.q = weights_(0, call.q_weight), unit.o = weights_(3, call.o_weight);
+  unit.kv[0] = weights_(1, call.k_weight), unit.kv[1] = weights_(2, call.v_weight);
+  unit.q_bias = call.q_bias.as<T>(), unit.kv_bias[0] = call.k_bias.as<T>(), unit.kv_bias[1] = call.v_bias.as<T>();
+  unit.q_norm = call.q_norm.as<T>(), unit.k_norm = call.k_norm.as<T>();
+  unit.q_norm_whole = call.q_norm.present && call.q_norm.shape[0] != setting_.head_dim;
+  unit.k_norm_whole = call.k_norm.present && call.k_norm.shape[0] != setting_.head_dim;
+  unit.contribution = contribution<T>(call.o_bias, call.post_norm, setting_.epsilon, setting_.residual_multiplier,
+                                      call.forecast, output);
+  best<T>().attention(unit, threads(context));
+}
+
+template class CpuMlp<float>;
+template class CpuMlp<Half>;
+template class CpuAttention<float>;
+template class CpuAttention<Half>;
+
+}  // namespace ir

@@ -1,0 +1,86 @@
+// What the CPU kernels take and give, free of any framework.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace ir::cpu {
+
+struct Half {  // IEEE binary16, as it is stored
+  uint16_t bits;
+};
+
+// Runs task(data, 0 .. count - 1) on the runtime's threads, and returns when all are done.
+struct Threads {
+  void* runtime;
+  void (*run)(void* runtime, size_t count, void (*task)(void* data, size_t index), void* data);
+
+  template <typename F>
+  void each(int64_t count, const F& f) const {
+    if (count == 1) f(0);
+    if (count <= 1) return;
+    const auto call = [](void* data, size_t index) { (*static_cast<const F*>(data))(static_cast<int64_t>(index)); };
+    run(runtime, static_cast<size_t>(count), call, const_cast<F*>(&f));
+  }
+};
+
+// A weight [in, out]. Packed, if not null, holds it as Level::pack left it, and is what is read.
+template <typename T>
+struct Weight {
+  const T* data;
+  const T* packed;
+  int64_t in, out;
+};
+
+// What follows a unit's last product: output = multiplier * norm(y + bias), merged with the forecast.
+template <typename T>
+struct Contribution {
+  const T* bias;       // [width] or null
+  const T* post_norm;  // [width] or null
+  float epsilon, multiplier;
+  const T* forecast;  // [tokens, width]; null in a plain unit. It may be the output's own memory.
+  T* output;          // [tokens, width]
+};
+
+template <typename T>
+struct Mlp {
+  int64_t tokens, width, hidden;
+  const T* h;           // [tokens, width]
+  const bool* execute;  // [tokens]; null: all
+  Weight<T> gate, up, down;
+  const T *gate_bias, *up_bias;  // [hidden] or null
+  bool gelu;                     // its tanh form; or else silu
+  Contribution<T> contribution;
+};
+
+template <typename T>
+struct Attention {
+  int64_t batch, sequence, width;
+  int64_t heads, kv_heads, head_dim, rotary_dim;
+  int64_t total, past_slots, slots;  // in use after this call; of the past; of the present
+  float scale, softcap;
+  bool strict;
+  const T* h;            // [batch, sequence, width]
+  const bool* execute;   // [batch, sequence]; null: all
+  const T *cos, *sin;    // [batch, sequence, rotary_dim / 2]
+  const bool* mask;      // [batch, sequence, total]
+  const T* past[2];      // keys, values: [batch, kv_heads, past_slots, head_dim]
+  T* present[2];         // [batch, kv_heads, slots, head_dim]; may be the pasts' own memory
+  Weight<T> q, kv[2], o;
+  const T *q_bias, *kv_bias[2];  // or null
+  const T *q_norm, *k_norm;      // or null
+  bool q_norm_whole, k_norm_whole;  // of all heads together, not of each
+  Contribution<T> contribution;
+};
+
+template <typename T>
+struct Level {
+  size_t (*packed_size)(int64_t in, int64_t out);  // in elements
+  void (*pack)(const T* weight, int64_t in, int64_t out, T* packed);
+  void (*mlp)(const Mlp<T>& unit, const Threads& threads);
+  void (*attention)(const Attention<T>& unit, const Threads& threads);
+};
+
+
+}  // namespace ir::cpu

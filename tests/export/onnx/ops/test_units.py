@@ -1,0 +1,163 @@
+"""The native kernels against float64 and against the functions that they replace, in every mode and awkward shapes."""
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from op_units import EXECUTES, Unit, random_attention, random_mlp
+
+LENGTHS = (1, 3, 17, 129, 431)
+HALF, SINGLE = np.float16, np.float32
+PROPERTY = settings(max_examples=60, deadline=None)
+
+
+def same(got: list[np.ndarray], other: list[np.ndarray], tolerance: float) -> None:
+    for a, b in zip(got, other, strict=True):
+        np.testing.assert_allclose(a, b, atol=tolerance * np.nanmax(np.abs(b), initial=1), rtol=0)
+
+
+def check(unit: Unit, library, constant: bool = True, threads: int = 1) -> None:
+    """Holds the kernel against float64, and against the function's body in ONNX Runtime's own operators."""
+    got = unit.run(library, constant, threads)
+    unit.check(got)
+    same(got, unit.run(None, constant), 3e-5 if unit.dtype == SINGLE else 6e-3)
+
+
+@pytest.mark.parametrize("dtype", [SINGLE, HALF])
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("execute", [*EXECUTES, None])
+def test_mlp(library, length, execute, dtype):
+    rng = np.random.default_rng(length)
+    check(random_mlp(rng, 3, length, 80, 176, execute, dtype=dtype), library)
+
+
+@pytest.mark.parametrize("dtype", [SINGLE, HALF])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_attention(library, length, head_dim, dtype):
+    rng = np.random.default_rng(length + head_dim)
+    batch, execute = 1 + length % 3, EXECUTES[(length + head_dim) // 16 % 5]
+    spare = None if head_dim % 5 == 0 else 3
+    check(random_attention(rng, batch, length, 5, spare, (4, 2), head_dim, execute=execute, dtype=dtype), library)
+
+
+@pytest.mark.parametrize("variant", ["routed", "strict", "dense"])
+@pytest.mark.parametrize("mask", ["left", "right", "window", "holes"])
+@pytest.mark.parametrize("spare", [None, 7])
+@pytest.mark.parametrize("length", [1, 7, 40])
+def test_masks_and_caches(library, length, spare, mask, variant):
+    rng = np.random.default_rng(length)
+    execute = None if variant == "dense" else "random"
+    unit = random_attention(rng, 3, length, 33, spare, execute=execute, strict=variant == "strict", mask=mask)
+    check(unit, library)
+
+
+@pytest.mark.parametrize("heads", [(8, 8), (8, 4), (8, 1), (12, 2), (40, 1)])
+@pytest.mark.parametrize("length", [1, 2, 19])
+def test_shared_keys(library, heads, length):
+    check(random_attention(np.random.default_rng(7), 2, length, 70, 2, heads, 32, execute="all"), library)
+
+
+@pytest.mark.parametrize("past", [511, 4096])
+@pytest.mark.parametrize("length", [1, 4])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_long_caches(library, batch, length, past):
+    unit = random_attention(np.random.default_rng(past), batch, length, past, 10, (4, 2), 64, execute="all")
+    check(unit, library, threads=2)
+
+
+@PROPERTY
+@given(
+    seed=st.integers(0, 2**16),
+    batch=st.integers(1, 4),
+    length=st.integers(1, 40),
+    width=st.integers(1, 70),
+    hidden=st.integers(1, 70),
+    execute=st.sampled_from([*EXECUTES, None]),
+    optional=st.sets(st.sampled_from(["gate_bias", "up_bias", "down_bias", "post_norm"])),
+    activation=st.sampled_from(["silu", "gelu_pytorch_tanh"]),
+    factor=st.sampled_from([1.0, 0.4]),
+    dtype=st.sampled_from([SINGLE, HALF]),
+    constant=st.booleans(),
+)
+def test_any_mlp(library, seed, batch, length, width, hidden, execute, optional, activation, factor, dtype, constant):
+    attributes = {"activation": activation, "residual_multiplier": factor}
+    rng = np.random.default_rng(seed)
+    unit = random_mlp(rng, batch, length, width, hidden, execute, tuple(sorted(optional)), dtype, **attributes)
+    unit.check(unit.run(library, constant))
+
+
+@PROPERTY
+@given(
+    seed=st.integers(0, 2**16),
+    batch=st.integers(1, 4),
+    length=st.integers(1, 30),
+    past=st.integers(0, 120),
+    spare=st.sampled_from([None, 0, 3]),
+    kv_heads=st.integers(1, 3),
+    shared=st.integers(1, 8),
+    half=st.integers(1, 12),
+    execute=st.sampled_from([*EXECUTES, None]),
+    strict=st.booleans(),
+    mask=st.sampled_from(["left", "right", "window", "holes"]),
+    optional=st.sets(st.sampled_from(["q_bias", "k_bias", "v_bias", "o_bias", "q_norm", "k_norm", "post_norm"])),
+    whole_norms=st.booleans(),
+    rotary=st.sampled_from([0, 2]),
+    softcap=st.sampled_from([0.0, 1.5, 30.0]),
+    factor=st.sampled_from([1.0, 0.4]),
+    dtype=st.sampled_from([SINGLE, HALF]),
+    constant=st.booleans(),
+)
+def test_any_attention(
+    library, seed, batch, length, past, spare, kv_heads, shared, half, execute, strict, mask, optional, whole_norms,
+    rotary, softcap, factor, dtype, constant,
+):  # fmt: skip
+    attributes = {"rotary_dim": rotary, "softcap": softcap, "residual_multiplier": factor}
+    unit = random_attention(
+        np.random.default_rng(seed), batch, length, past, spare, (kv_heads * shared, kv_heads), 2 * half, 24, execute,
+        strict, mask, tuple(sorted(optional)), whole_norms, dtype, **attributes,
+    )  # fmt: skip
+    unit.check(unit.run(library, constant))
+
+
+@pytest.mark.parametrize("threads", [2, 4])
+def test_threads_change_nothing(library, threads):
+    rng = np.random.default_rng(0)
+    for unit in (random_mlp(rng, 2, 200), random_attention(rng, 2, 200, 30, 0)):
+        for one, many in zip(unit.run(library, True), unit.run(library, True, threads), strict=True):
+            np.testing.assert_array_equal(one, many)
+
+
+@pytest.mark.parametrize("dtype", [ir.DataType.BFLOAT16, ir.DataType.DOUBLE])
+def test_unsupported_type(library, dtype):
+    """ONNX Runtime refuses the model, by its table of the types that the library has."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.register_custom_ops_library(str(library))
+    unit = random_mlp(np.random.default_rng(0), 1, 2)
+    with pytest.raises(Exception, match=rf"tensor\({dtype.name.lower()}\).*RoutedMLP"):
+        ort.InferenceSession(unit.model(dtype=dtype), options, providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("forecast", (2, 3, 63), r"RoutedAttention \(float32\): forecast has shape \[2, 3, 63\], not \[2, 3, 64\]"),
+        ("o_weight", (60, 64), r"RoutedAttention \(float32\): o_weight has shape \[60, 64\], not \[64, 64\]"),
+        (
+            "past_key",
+            (2, 2, 4, 16),
+            r"RoutedAttention \(float32\): mask \[2, 3, 8\] and past_key \[2, 2, 4, 16\] do not fit",
+        ),
+        ("h", (6, 64), r"RoutedAttention \(float32\): h has shape \[6, 64\], not 3 dimensions"),
+    ],
+)
+def test_wrong_shape(library, name, shape, message):
+    unit = random_attention(np.random.default_rng(0), 2, 3, 5)
+    inputs = {**unit.inputs, name: np.zeros(shape, np.float32)}
+    if name == "past_key":
+        inputs["past_value"] = inputs[name]
+    with pytest.raises(Exception, match=message):
+        Unit(unit.function, inputs, unit.attributes).run(library)
