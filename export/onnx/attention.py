@@ -1,6 +1,12 @@
-"""The bodies of the attention functions."""
+"""The bodies of the attention functions.
 
-import math
+A token that is decoded alone goes through as few nodes as can be, for there nodes are what costs: rotary embedding and
+GroupQueryAttention where it executes, two TensorScatters where it does not. Everything else is the general case.
+
+Products and norms stay outside of all branches: ONNX Runtime packs a weight for the one node that reads it, and would leave it
+unpacked for two.
+"""
+
 from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
@@ -23,45 +29,71 @@ from .body import (
 
 QUERIES, KEYS = "num_heads", "kv_num_heads"  # the attributes that count heads
 
+Trace = Callable[
+    [OpBuilder], Sequence[ir.Value]
+]  # -> attended [B, W, H D] or [1, n, H D], and the whole cache's keys and values
+Attend = Callable[[OpBuilder, ir.Value, ir.Value, ir.Value | None], ir.Value]
+
 
 def dense(op: OpBuilder, x: Inputs) -> list[ir.Value]:
-    """h -> k, v -> cache;  h -> q -> (norm) -> rotary -> Attention -> o"""
-    query = _rotated(op, x, linear(op, x["h"], x, "q"), "q", x["cos"], x["sin"])
+    """h -> q, k, v -> (norms) -> rotary -> cache -> Attention -> o"""
+    query = _rotated(op, x, _queries(op, x, x["h"]), QUERIES, x["cos"], x["sin"])
     new = _keys(op, x, linear(op, x["h"], x, "k")), linear(op, x["h"], x, "v")
 
     def attend(op: OpBuilder, key: ir.Value, value: ir.Value, length: ir.Value | None) -> ir.Value:
         return _core(op, query, key, value, op.Unsqueeze(x["mask"], [1]), length)
 
-    def step(op: OpBuilder) -> list[ir.Value]:
+    def step(op: OpBuilder) -> Sequence[ir.Value]:
         return _step(op, x, query, *new)
 
-    y, key, value = _cached(op, x, *new, attend, op.Equal(op.Shape(x["h"], start=1, end=2), 1), step)
+    def general(op: OpBuilder) -> Sequence[ir.Value]:
+        return _cached(op, x, *new, attend, op.Equal(op.Shape(x["h"], start=1, end=2), 1), step)
+
+    y, key, value = _either(op, x["step"], ("step", step), ("general", general))
     return [contribution(op, linear(op, y, x, "o"), x), key, value]
 
 
 def routed(op: OpBuilder, x: Inputs) -> list[ir.Value]:
-    """h -> k, v -> cache;  execute -> rows;  h -> GatherND(rows) -> q -> _attend -> o -> ScatterND(forecast, rows)"""
-    rows = executed(op, x["execute"])
-    query = _queries(op, x, rows, op.GatherND(x["h"], rows))
+    """h -> k, v -> cache;  execute -> rows;  h -> GatherND(rows) -> q -> attend -> o -> ScatterND(forecast, rows)"""
+    rows = _rows(op, x["execute"])
+    query = _queries(op, x, op.GatherND(x["h"], rows))
     new = _keys(op, x, linear(op, x["h"], x, "k")), linear(op, x["h"], x, "v")
+    some = op.Greater(op.Size(rows), 0)
 
-    def step(op: OpBuilder) -> list[ir.Value]:
-        """Queries that do not execute are 0 here, and their outputs are left behind."""
-        shape = op.Concat(op.Shape(x["execute"]), op.Shape(query, start=2), axis=0)
-        spread = op.ScatterND(op.Expand(op.CastLike(0.0, query), shape), rows, query)  # [B, 1, H D]
-        y, key, value = _step(op, x, spread, *new)
-        return [op.GatherND(y, rows), key, value]
+    def step(op: OpBuilder) -> Sequence[ir.Value]:
+        return _step(op, x, _rotated(op, x, query, QUERIES, x["cos"], x["sin"]), *new)
 
-    some = op.And(op.Greater(op.Size(rows), 0), op.Equal(op.Shape(x["execute"], start=1), 1))
-    y, key, value = _cached(op, x, *new, _attends(op, x, rows, query, lambda op, _: x["mask"]), some, step)
+    def passed(op: OpBuilder) -> Sequence[ir.Value]:
+        """One token that does not execute: its key and value ``[1, 1, K D]`` -> ``[1, K, 1, D]`` -> cache."""
+        shape = op.Concat([0], count(op, KEYS), [1], count(op, "head_dim"), axis=0)
+        keys, values = _scattered(op, x, *(op.Reshape(part, shape) for part in new))
+        return [op.Identity(query), keys, values]
+
+    def general(op: OpBuilder) -> Sequence[ir.Value]:
+        turned = _turned(op, x, rows, query)
+
+        def together(op: OpBuilder) -> Sequence[ir.Value]:
+            """Queries that do not execute are 0 here, and their outputs are left behind."""
+            shape = op.Concat(op.Shape(x["execute"]), op.Shape(turned, start=2), axis=0)
+            spread = op.ScatterND(op.Expand(op.CastLike(0.0, turned), shape), rows, turned)  # [B, 1, H D]
+            y, key, value = _step(op, x, spread, *new)
+            return [op.GatherND(y, rows), key, value]
+
+        attend = _attends(op, x, rows, turned, lambda op, _: x["mask"])
+        return _cached(op, x, *new, attend, op.And(some, op.Equal(op.Shape(x["execute"], start=1), 1)), together)
+
+    def others(op: OpBuilder) -> Sequence[ir.Value]:
+        return _either(op, x["step"], ("passed", passed), ("general", general))
+
+    y, key, value = _either(op, op.And(x["step"], some), ("step", step), ("others", others))
     return [op.ScatterND(x["forecast"], rows, contribution(op, linear(op, y, x, "o"), x)), key, value]
 
 
 def strict(op: OpBuilder, x: Inputs) -> list[ir.Value]:
-    """execute -> rows;  h -> GatherND(rows) -> k, v -> ScatterND(0, rows) -> cache;  then as _routed_attention"""
-    rows = executed(op, x["execute"])
+    """execute -> rows;  h -> GatherND(rows) -> k, v -> ScatterND(0, rows) -> cache;  then as ``routed``, always the general case"""
+    rows = _rows(op, x["execute"])
     h = op.GatherND(x["h"], rows)  # [1, n, d]
-    query = _queries(op, x, rows, h)
+    query = _turned(op, x, rows, _queries(op, x, h))
 
     def project(name: str) -> ir.Value:
         width = op.Mul(count(op, KEYS), count(op, "head_dim"))
@@ -79,26 +111,31 @@ def strict(op: OpBuilder, x: Inputs) -> list[ir.Value]:
     return [op.ScatterND(x["forecast"], rows, contribution(op, linear(op, y, x, "o"), x)), key, value]
 
 
-def _queries(op: OpBuilder, x: Inputs, rows: ir.Value, h: ir.Value) -> ir.Value:
-    """h ``[1, n, d]`` of the executed rows -> q -> (norm) -> rotary -> ``[1, n, H D]``"""
-    angles = op.GatherND(x["cos"], rows), op.GatherND(x["sin"], rows)
-    return _rotated(op, x, linear(op, h, x, "q"), "q", *angles)
+def _rows(op: OpBuilder, flags: ir.Value) -> ir.Value:
+    """bool ``[B, S]`` -> the (sequence, place) of every True ``[1, n, 2]``: what it gathers is one sequence of n tokens."""
+    return op.Unsqueeze(executed(op, flags), [0])
+
+
+def _queries(op: OpBuilder, x: Inputs, h: ir.Value) -> ir.Value:
+    """h ``[B, S, d]`` -> q -> (norm) -> ``[B, S, H D]``"""
+    return _normed(op, x, linear(op, h, x, "q"), "q_norm", QUERIES)
 
 
 def _keys(op: OpBuilder, x: Inputs, key: ir.Value) -> ir.Value:
     """``[B, S, K D]`` -> (norm) -> rotary"""
-    return _rotated(op, x, key, "k", x["cos"], x["sin"])
+    return _rotated(op, x, _normed(op, x, key, "k_norm", KEYS), KEYS, x["cos"], x["sin"])
 
 
-def _rotated(op: OpBuilder, x: Inputs, y: ir.Value, part: str, cos: ir.Value, sin: ir.Value) -> ir.Value:
-    """Queries or keys ``[B, S, heads D]`` -> (norm of each head, or of all) -> rotary"""
-    heads, norm = {"q": QUERIES, "k": KEYS}[part], x.get(f"{part}_norm")
-    if norm is not None:
-        y = (
-            rms_norm(op, y, norm)
-            if x.features.whole_norms
-            else merge_heads(op, rms_norm(op, split_heads(op, y, heads), norm), heads)
-        )
+def _normed(op: OpBuilder, x: Inputs, y: ir.Value, name: str, heads: str) -> ir.Value:
+    """``[B, S, heads D]`` -> (norm of each head, or of all)"""
+    norm = x.get(name)
+    if norm is None or x.features.whole_norms:
+        return rms_norm(op, y, norm)
+    return merge_heads(op, rms_norm(op, split_heads(op, y, heads), norm), heads)
+
+
+def _rotated(op: OpBuilder, x: Inputs, y: ir.Value, heads: str, cos: ir.Value, sin: ir.Value) -> ir.Value:
+    """Queries or keys ``[B, S, heads D]`` -> rotary"""
     return op.RotaryEmbedding(
         y,
         cos,
@@ -108,12 +145,28 @@ def _rotated(op: OpBuilder, x: Inputs, y: ir.Value, part: str, cos: ir.Value, si
     )
 
 
+def _turned(op: OpBuilder, x: Inputs, rows: ir.Value, query: ir.Value) -> ir.Value:
+    """The executed rows' queries ``[1, n, H D]`` -> rotary, each by its own place"""
+    return _rotated(op, x, query, QUERIES, op.GatherND(x["cos"], rows), op.GatherND(x["sin"], rows))
+
+
 def _by_head(op: OpBuilder, y: ir.Value, heads: str) -> ir.Value:
     """``[B, S, heads D]`` -> ``[B, heads, S, D]``"""
     return op.Transpose(split_heads(op, y, heads), perm=[0, 2, 1, 3])
 
 
-Attend = Callable[[OpBuilder, ir.Value, ir.Value, ir.Value | None], ir.Value]
+def _either(
+    op: OpBuilder, condition: ir.Value, then: tuple[str, Trace], otherwise: tuple[str, Trace]
+) -> Sequence[ir.Value]:
+    """An If with named branches, of what a ``Trace`` gives."""
+    branches = {name: branch(op, *made, 3) for name, made in (("then_branch", then), ("else_branch", otherwise))}
+    return op.If(condition, **branches, _outputs=["attended", "key", "value"])
+
+
+def _scattered(op: OpBuilder, x: Inputs, *new: ir.Value) -> list[ir.Value]:
+    """New keys and values ``[B, K, S, D]`` -> cache, from start on"""
+    start = op.Cast(x["start"], to=ir.DataType.INT64)
+    return [op.TensorScatter(x[f"past_{part}"], y, start) for part, y in zip(("key", "value"), new, strict=True)]
 
 
 def _cached(
@@ -123,41 +176,35 @@ def _cached(
     value: ir.Value,
     attend: Attend,
     stepping: ir.Value | None = None,
-    step: Callable[[OpBuilder], list[ir.Value]] | None = None,
+    step: Trace | None = None,
 ) -> Sequence[ir.Value]:
     """new keys, values ``[B, S, K D]`` -> cache -> attend;  returns attend's output and the whole cache
 
     A past that has room takes the new tokens at ``start``: in place, where the caller bound past and present to one buffer.
-    A past that is full grows by the new tokens. Weights stay outside of these branches: ONNX Runtime packs a weight for the
-    one node that reads it, and would leave it unpacked for two.
+    A past that is full grows by the new tokens.
 
     Args:
         attend: reads the whole cache, or as many slots of it as it is told.
         stepping, step: where the former is True, the latter does all of it for caches with room.
     """
-    pasts = (x["past_key"], key), (x["past_value"], value)
     end = op.Shape(x["mask"], start=2)  # [1]
 
-    def scattered(op: OpBuilder) -> list[ir.Value]:
-        keys, values = (op.TensorScatter(past, _by_head(op, new, KEYS), x["start"]) for past, new in pasts)
+    def scattered(op: OpBuilder) -> Sequence[ir.Value]:
+        keys, values = _scattered(op, x, *(_by_head(op, new, KEYS) for new in (key, value)))
         return [attend(op, keys, values, end), keys, values]
 
-    def in_place(op: OpBuilder) -> list[ir.Value]:
-        if step is None:
+    def in_place(op: OpBuilder) -> Sequence[ir.Value]:
+        if stepping is None or step is None:
             return scattered(op)
-        branches = {"then_branch": branch(op, "step", step, 3), "else_branch": branch(op, "scattered", scattered, 3)}
-        return op.If(stepping, **branches, _outputs=["attended", "key", "value"])
+        return _either(op, stepping, ("step", step), ("scattered", scattered))
 
-    def grown(op: OpBuilder) -> list[ir.Value]:
+    def grown(op: OpBuilder) -> Sequence[ir.Value]:
+        pasts = (x["past_key"], key), (x["past_value"], value)
         keys, values = (op.Concat(past, _by_head(op, new, KEYS), axis=2) for past, new in pasts)
         return [attend(op, keys, values, None), keys, values]
 
-    return op.If(
-        op.LessOrEqual(end, op.Shape(x["past_key"], start=2, end=3)),
-        then_branch=branch(op, "in_place", in_place, 3),
-        else_branch=branch(op, "grown", grown, 3),
-        _outputs=["attended", "key", "value"],
-    )
+    room = op.LessOrEqual(end, op.Shape(x["past_key"], start=2, end=3))
+    return _either(op, room, ("in_place", in_place), ("grown", grown))
 
 
 def _attends(
@@ -183,7 +230,7 @@ def _attends(
             places = op.Gather(op.Squeeze(rows, [0]), slots)  # [B, W, 2]
             spread = op.Gather(op.Squeeze(query, [0]), slots)  # [B, W, H D]
             mask = op.Unsqueeze(op.GatherND(visible(op, key), places), [1])
-            return op.GatherND(_core(op, spread, key, value, mask, length), executed(op, used))
+            return op.GatherND(_core(op, spread, key, value, mask, length), _rows(op, used))
 
         def some(op: OpBuilder) -> ir.Value:
             return either(op, op.Equal(op.Shape(x["execute"], end=1), 1), ("one", one), ("several", several))
@@ -215,21 +262,18 @@ def _step(op: OpBuilder, x: Inputs, query: ir.Value, key: ir.Value, value: ir.Va
 
     It reads no slot past the ones in use, and copies none.
     """
-    total = op.Cast(op.Shape(x["mask"], start=2), to=ir.DataType.INT32)  # [1]
-    last = op.Cast(x["start"], to=ir.DataType.INT32)  # [B]
-    hidden = op.CastLike(op.Where(x["mask"], 0.0, -math.inf), query)  # [B, 1, T]
     outputs = op.GroupQueryAttention(
         query,
         key,
         value,
         x["past_key"],
         x["past_value"],
-        last,
-        total,
+        x["start"],
+        x["total"],
         None,
         None,
         None,
-        op.Unsqueeze(hidden, [1]),
+        x["step_bias"],
         num_heads=reference("num_heads", QUERIES, ir.AttributeType.INT),
         kv_num_heads=reference("kv_num_heads", KEYS, ir.AttributeType.INT),
         scale=reference("scale", "scale", ir.AttributeType.FLOAT),

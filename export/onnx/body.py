@@ -1,6 +1,6 @@
 """What the bodies of the units' functions are made of."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -54,9 +54,9 @@ class Inputs:
         return self.values.get(name)
 
 
-def executed(op: OpBuilder, flags: ir.Value | None) -> ir.Value:
-    """bool ``[B, S]`` -> the (sequence, place) of every True, in order ``[1, n, 2]``."""
-    return op.Unsqueeze(op.Transpose(op.NonZero(flags), perm=[1, 0]), [0])
+def executed(op: OpBuilder, flags: ir.Value) -> ir.Value:
+    """bool ``[B, S]`` -> the (sequence, place) of every True, in order ``[n, 2]``."""
+    return op.Transpose(op.NonZero(flags), perm=[1, 0])
 
 
 def linear(op: OpBuilder, h: ir.Value, x: Inputs, name: str) -> ir.Value:
@@ -114,10 +114,10 @@ def either(op: OpBuilder, condition: ir.Value, then: tuple[str, Trace], otherwis
     return op.If(condition, then_branch=traced(*then), else_branch=traced(*otherwise))
 
 
-def branch(op: OpBuilder, name: str, trace: Callable[[OpBuilder], list[ir.Value]], outputs: int = 1) -> ir.Graph:
+def branch(op: OpBuilder, name: str, trace: Callable[[OpBuilder], Sequence[ir.Value]], outputs: int = 1) -> ir.Graph:
     """Traces one branch of an If; it sees the values around it."""
 
-    def scoped(inner: OpBuilder) -> list[ir.Value] | ir.Value:
+    def scoped(inner: OpBuilder) -> Sequence[ir.Value] | ir.Value:
         inner.builder.push_module(name)
         values = trace(inner)
         return values if outputs > 1 else values[0]

@@ -40,14 +40,28 @@ MLP_INPUTS = (
 )
 MOE_INPUTS = ("h", "forecast", "execute", "gate_weight", "gate_up_weight", "down_weight", "post_norm")
 ATTENTION_INPUTS = (
-    *("h", "forecast", "execute", "cos", "sin", "mask", "start", "past_key", "past_value"),
+    *(
+        "h",
+        "forecast",
+        "execute",
+        "cos",
+        "sin",
+        "mask",
+        "step_bias",
+        "start",
+        "total",
+        "step",
+        "past_key",
+        "past_value",
+    ),
     *("q_weight", "k_weight", "v_weight", "o_weight", "q_bias", "k_bias", "v_bias", "o_bias", "q_norm", "k_norm"),
     "post_norm",
 )
 ROUTING = ("forecast", "execute")  # the inputs that a plain unit is without
-OPTIONAL = ("_bias", "_norm", "_zero_points")  # how the names of optional inputs end
+OPTIONAL, NEEDED = ("_bias", "_norm", "_zero_points"), "step_bias"  # how the names of optional inputs end, but for one
 # The types that are the same at every precision.
-TYPES = {"execute": ir.DataType.BOOL, "mask": ir.DataType.BOOL, "start": ir.DataType.INT64}
+BOOL, INT32 = ir.DataType.BOOL, ir.DataType.INT32
+TYPES = {"execute": BOOL, "mask": BOOL, "start": INT32, "total": INT32, "step": BOOL}
 
 Body = Callable[[OpBuilder, Inputs], list[ir.Value]]
 Int4Attributes = Mapping[str, Mapping[str, int]]  # of MatMulNBits, by projection
@@ -134,7 +148,9 @@ def attention(
         h ``F[B, S, d]``: what the unit sees. forecast ``F[B, S, d]``. execute ``bool[B, S]``.
         cos, sin ``F[B, S, R / 2]``: rotary embedding of each new token, of the first R of a head's D components.
         mask ``bool[B, S, T]``: True where a query sees a slot of the cache; every query sees some. T slots are in use.
-        start ``int64[B]``: the slot of the first new token, T - S, in every sequence.
+        step_bias ``F[B, 1, 1, T]``: the last new token's row of the mask, in numbers to add to scores: 0 or -inf.
+        start ``int32[B]``: the slot of the first new token, T - S, in every sequence. total ``int32[1]``: T.
+        step ``bool[1]``: whether the call appends one token of one sequence to caches with room, B = S = 1 and P >= T.
         past_key, past_value ``F[B, K, P, D]``: P = T - S, and the present has T slots; or P >= T, and the present has P, of
         which those from start on are written: in place, where the caller binds past and present to one buffer.
         q_weight ``F[d, H D]``, k_weight, v_weight ``F[d, K D]``, o_weight ``F[H D, d]``; optional biases; optional q_norm,
@@ -226,7 +242,8 @@ def _function(
     values = {name: ir.Value(name=name, type=ir.TensorType(TYPES.get(name, dtype))) for name in inputs}
     for projection in int4 or ():
         values[f"{projection}_weight"].type = ir.TensorType(ir.DataType.UINT8)
-    present = {name: value for name, value in values.items() if not name.endswith(OPTIONAL) or name in optional}
+    needed = {name for name in inputs if not name.endswith(OPTIONAL) or name == NEEDED}
+    present = {name: value for name, value in values.items() if name in needed.union(optional)}
     function = build_function(
         lambda op, *_: body(op, Inputs(present, int4 or {}, features)),
         list(values.values()),

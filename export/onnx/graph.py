@@ -37,7 +37,7 @@ from .functions import DOMAIN, INT4_DOMAIN, OPSETS, OPTIONAL, VERSION, attention
 from .int4 import Int4
 from .int8 import ATTRIBUTES, int8_tensors
 from .names import tidy
-from .positions import attention_masks, first_slots, new_tokens, token_threshold
+from .positions import attention_masks, new_tokens, slots, step_biases, token_threshold
 from .rotary import rotations
 from .saved import flops_saved, trace
 from .stored import Stored
@@ -141,13 +141,14 @@ class _Decoder:
         default = ir.tensor([self.routing.threshold], dtype=FLOAT, name="routing_threshold")
         threshold = self.builder.input("routing_threshold", FLOAT, [1], const_value=default)
 
-        first, self.start = first_slots(op, input_ids, attention_mask)
+        self.slots = slots(op, input_ids, attention_mask, pasts[0][0])
         real = op.Cast(attention_mask, to=ir.DataType.BOOL)
         windows = sliding_windows(config)
-        new = new_tokens(op, real, first)
+        new = new_tokens(op, real, self.slots.first)
         self.token_threshold = token_threshold(op, new, threshold)
         self.rotations = rotations(op, config, position_ids, self.ir_dtype)
-        masks = attention_masks(op, real, first, set(windows))
+        masks = attention_masks(op, real, self.slots.first, set(windows))
+        biases = step_biases(op, masks, self.ir_dtype)
 
         family = self.checkpoint.family
         embedding = self.stored.weight(family.embedding, vocabulary, config.hidden_size)
@@ -156,7 +157,7 @@ class _Decoder:
             x = op.Mul(x, scale, _outputs=["scaled_embedding"])
         presents = []
         for layer, window in enumerate(windows):
-            x, *present = self._layer(x, layer, masks[window], pasts[layer])
+            x, *present = self._layer(x, layer, masks[window], biases[window], pasts[layer])
             presents.append(present)
         logits = self._capped(self._head(self._norm(x, family.final_norm), embedding))
 
@@ -183,10 +184,13 @@ class _Decoder:
             metadata_props={"ir_convert": json.dumps(metadata(self.checkpoint, self.routing))},
         )
 
-    def _layer(self, x: ir.Value, layer: int, mask: ir.Value, past: list[ir.Value]) -> list[ir.Value]:
+    def _layer(
+        self, x: ir.Value, layer: int, mask: ir.Value, step_bias: ir.Value, past: list[ir.Value]
+    ) -> list[ir.Value]:
         """x -> norm, decide -> RoutedAttention -> + x -> norm, decide -> RoutedMLP -> + x;  returns x, key, value."""
         family, rotation = self.checkpoint.family, self.rotations[layer]
-        positions = {"cos": rotation.cos, "sin": rotation.sin, "mask": mask, "start": self.start}
+        positions = {"cos": rotation.cos, "sin": rotation.sin, "mask": mask, "step_bias": step_bias}
+        positions |= {"start": self.slots.start, "total": self.slots.total, "step": self.slots.step}
         positions |= {"past_key": past[0], "past_value": past[1]}
         attributes: dict[str, int | float | str] = {
             "num_heads": self.config.num_attention_heads,

@@ -18,11 +18,11 @@ def routed(op: OpBuilder, x: Inputs) -> list[ir.Value]:
 
 
 def _mixed(op: OpBuilder, h: ir.Value, x: Inputs) -> ir.Value:
-    """``[B, S, d]`` -> ``[B, S, d]``
+    """``[..., d]`` -> ``[..., d]``
 
     Swiglu with these constants is silu(gate) * up; MoE takes the softmax of the scores itself.
     """
-    scores = op.Flatten(op.MatMul(h, x["gate_weight"]), axis=2)  # [B S, experts]
+    scores = op.Flatten(op.MatMul(h, x["gate_weight"]), axis=-1)  # [tokens, experts]
     y = op.MoE(
         h,
         scores,

@@ -1,11 +1,13 @@
 """What a graph computes once per run: attention masks, and which tokens may execute at all. See also ``rotary.py``."""
 
 import math
+from typing import NamedTuple
 
 import onnx_ir as ir
 from onnxscript import OpBuilder
 
 END = 2**63 - 1
+INT32 = ir.DataType.INT32
 
 
 def attention_masks(
@@ -33,19 +35,51 @@ def attention_masks(
     masks = {}
     for window in sorted(windows, key=lambda window: window or math.inf):
         visible = causal
-        name = "attention.visible"
         if window is not None:
             own = op.Unsqueeze(op.Slice(counts, first, [END], [1]), [2])  # [B, S, 1]
             visible = op.And(causal, op.Greater(op.Unsqueeze(counts, [1]), op.Sub(own, window)))
-            name += f".window_{window}"
-        masks[window] = op.And(real, visible, _outputs=[name])
+        masks[window] = op.And(real, visible, _outputs=[f"attention.visible{_suffix(window)}"])
     return masks
 
 
-def first_slots(op: OpBuilder, input_ids: ir.Value, attention_mask: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """T - S: the cache slot of the first new token, ``[1]`` and, the same, for every sequence ``[B]``."""
-    first = op.Sub(op.Shape(attention_mask, start=1, end=2), op.Shape(input_ids, start=1, end=2))
-    return first, op.Expand(first, op.Shape(input_ids, end=1), _outputs=["attention.start"])
+def step_biases(op: OpBuilder, masks: dict[int | None, ir.Value], dtype: ir.DataType) -> dict[int | None, ir.Value]:
+    """Each mask ``bool[B, S, T]`` -> the last new token's row, in numbers to add to scores: 0 or -inf, ``F[B, 1, 1, T]``."""
+    biases = {}
+    for window, mask in masks.items():
+        last = op.Unsqueeze(op.Slice(mask, [-1], [END], [1]), [1])
+        name = f"attention.step_bias{_suffix(window)}"
+        biases[window] = op.Cast(op.Where(last, 0.0, -math.inf), to=dtype, _outputs=[name])
+    return biases
+
+
+def _suffix(window: int | None) -> str:
+    return "" if window is None else f".window_{window}"
+
+
+class Slots(NamedTuple):
+    """Where the S new tokens of a call go among the T slots of the cache that are in use then.
+
+    Attributes:
+        first: T - S, the slot of the first new token, ``int64[1]``.
+        start: the same for every sequence, ``int32[B]``.
+        total: T, ``int32[1]``.
+        step: whether the call appends one token of one sequence to caches with room, ``bool[1]``.
+    """
+
+    first: ir.Value
+    start: ir.Value
+    total: ir.Value
+    step: ir.Value
+
+
+def slots(op: OpBuilder, input_ids: ir.Value, attention_mask: ir.Value, past: ir.Value) -> Slots:
+    """Finds them from input_ids ``[B, S]``, attention_mask ``[B, T]`` and any layer's past keys ``[B, K, P, D]``."""
+    end = op.Shape(attention_mask, start=1, end=2)  # [1]
+    first = op.Sub(end, op.Shape(input_ids, start=1, end=2))
+    start = op.Expand(op.Cast(first, to=INT32), op.Shape(input_ids, end=1), _outputs=["attention.start"])
+    total = op.Cast(end, to=INT32, _outputs=["attention.total"])
+    room = op.LessOrEqual(end, op.Shape(past, start=2, end=3))
+    return Slots(first, start, total, op.And(op.Equal(op.Size(input_ids), 1), room, _outputs=["attention.step"]))
 
 
 def new_tokens(op: OpBuilder, real: ir.Value, first: ir.Value) -> ir.Value:
