@@ -1,6 +1,7 @@
 """Finds a model's files and sees that they are whole, before a session reads them."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,12 @@ import torch
 from google.protobuf.message import DecodeError
 
 from ..errors import UserError
+
+_DTYPES = {
+    onnx.TensorProto.FLOAT: "float32",
+    onnx.TensorProto.FLOAT16: "float16",
+    onnx.TensorProto.BFLOAT16: "bfloat16",
+}
 
 
 def providers() -> list[str]:
@@ -28,8 +35,23 @@ def model_file(path: Path) -> Path:
     return path
 
 
-def inspect(path: Path) -> dict[str, Any]:
-    """Reads the model's metadata, and checks that its weights are there, without reading them."""
+@dataclass(frozen=True)
+class Model:
+    """What a model file says of itself.
+
+    Attributes:
+        metadata: see ``ir_convert.export.onnx.graph.metadata``.
+        functions: by (domain, name), the inputs of each function that it holds.
+        dtype: of its units: ``float32``, ``float16`` or ``bfloat16``.
+    """
+
+    metadata: dict[str, Any]
+    functions: dict[tuple[str, str], tuple[str, ...]]
+    dtype: str
+
+
+def inspect(path: Path) -> Model:
+    """Reads a model but for its weights, and checks that these are there."""
     try:
         proto = onnx.load(path, load_external_data=False)
     except DecodeError as error:
@@ -46,4 +68,6 @@ def inspect(path: Path) -> dict[str, Any]:
             raise UserError(f"{path} needs its weights '{where['location']}' beside it: copy both files together")
         if data.stat().st_size < int(where.get("offset", 0)) + int(where.get("length", 0)):
             raise UserError(f"{data} is shorter than {path.name} says: copy both files together again")
-    return json.loads(properties["ir_convert"])
+    (element,) = {value.type.tensor_type.elem_type for value in proto.graph.output if value.name.startswith("present.")}
+    functions = {(function.domain, function.name): tuple(function.input) for function in proto.functions}
+    return Model(json.loads(properties["ir_convert"]), functions, _DTYPES[element])

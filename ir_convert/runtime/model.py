@@ -18,6 +18,7 @@ from ..errors import UserError
 from ..routing import Curve
 from .buffers import Buffers
 from .dtypes import NUMPY
+from .library import choose as choose_library
 from .loading import inspect, model_file
 from .loading import providers as default_providers
 from .sampling import choose
@@ -41,6 +42,7 @@ class OnnxModel:
         saved: the share of FLOPs that the last call saved on its real tokens, forecasters and routers paid for.
         executed: which tokens the last call's units executed, bool ``[layers, 2, B, S]`` (attention, MLP); None for a model
             that was made without ``--trace``.
+        library: the library whose native kernels run the units; None where the model's own functions do.
     """
 
     path: Path
@@ -49,6 +51,7 @@ class OnnxModel:
     threshold: float
     saved: float = 0.0
     executed: NDArray | None = field(default=None, repr=False)
+    library: Path | None = None
     _control: "SparsityControl | None" = field(default=None, repr=False)
 
     @classmethod
@@ -60,7 +63,7 @@ class OnnxModel:
         sparsity: float | None = None,
         threshold: float | None = None,
         options: ort.SessionOptions | None = None,
-        library: str | Path | None = None,
+        library: str | Path | bool | None = None,
     ) -> "OnnxModel":
         """Loads a model file, or the one model file of a folder.
 
@@ -71,13 +74,16 @@ class OnnxModel:
             sparsity: share of FLOPs to save instead of the one the model was made for.
             threshold: or the threshold itself.
             options: session options to start from.
-            library: a custom-op library with kernels for the units' functions.
+            library: native kernels for the units: by default those that were built on this machine
+                (``ir_convert.export.onnx.ops``), where they can run the model; False for none, a path for another library.
 
         Raises:
             UserError: missing, damaged, not an ir-convert model, or a sparsity out of reach.
         """
         path = model_file(Path(path))
-        metadata = inspect(path)
+        model_says = inspect(path)
+        wanted = list(providers or default_providers())
+        library = choose_library(library, model_says, wanted)
         options = options or ort.SessionOptions()
         if options.log_severity_level < 0:  # untouched; the optional input would draw a warning from every load
             options.log_severity_level = _ERRORS_ONLY
@@ -86,10 +92,11 @@ class OnnxModel:
         try:
             if library is not None:
                 options.register_custom_ops_library(str(library))
-            session = ort.InferenceSession(str(path), options, providers=providers or default_providers())
+            session = ort.InferenceSession(str(path), options, providers=wanted)
         except Exception as error:  # onnxruntime's exceptions share no base class of their own
             raise UserError(f"ONNX Runtime cannot load {path}: {str(error).splitlines()[0]}") from error
-        model = cls(path, session, metadata, float(metadata["threshold"]))
+        metadata = model_says.metadata
+        model = cls(path, session, metadata, float(metadata["threshold"]), library=library)
         if sparsity is not None:
             model.set_sparsity(sparsity)
         if threshold is not None:

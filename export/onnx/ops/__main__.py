@@ -33,8 +33,8 @@ def find_command() -> None:
     if (library := find()) is None:
         raise UserError("no library has been built: python -m ir_convert.export.onnx.ops build")
     click.echo(library)
-    for line in sorted(supported(library)):
-        click.echo("  " + " ".join(line))
+    for kernel in sorted(supported(library)):
+        click.echo("  " + " ".join(kernel))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from ir_convert.errors import UserError
 SOURCES = Path(__file__).parent
 SUFFIXES = (".txt", ".h", ".cpp", ".cuh", ".cu")
 NAME = "libir_ops.dylib" if platform.system() == "Darwin" else "libir_ops.so"
-VARIABLE = "IR_CONVERT_OPS"  # names a library to use in place of the built one
+VARIABLE = "IR_CONVERT_OPS"  # names a library to use in place of the built one; empty: none
 
 
 def location() -> Path:
@@ -26,22 +26,22 @@ def location() -> Path:
 
 
 def find() -> Path | None:
-    """Returns the library that the environment names, or else the built one; None where there is none.
+    """Returns the library that the environment names, which may be none, or else the built one; None where there is none.
 
     Raises:
         UserError: the environment names a file that does not exist.
     """
-    if named := os.environ.get(VARIABLE):
-        if not Path(named).is_file():
+    if (named := os.environ.get(VARIABLE)) is not None:
+        if named and not Path(named).is_file():
             raise UserError(f"{VARIABLE} names '{named}', which does not exist")
-        return Path(named)
+        return Path(named) if named else None
     built = location()
     return built if built.is_file() else None
 
 
 @cache
-def supported(library: Path) -> frozenset[tuple[str, str, str]]:
-    """Returns what a library has kernels for: (execution provider, function, type), such as
+def supported(library: Path) -> dict[tuple[str, str, str], tuple[str, ...]]:
+    """Returns what a library has kernels for: the inputs it takes by (execution provider, function, type), such as
     ``("CPUExecutionProvider", "RoutedMLP", "float16")``.
 
     Raises:
@@ -52,4 +52,5 @@ def supported(library: Path) -> frozenset[tuple[str, str, str]]:
     except (OSError, AttributeError) as error:
         raise UserError(f"{library} is not a library of native kernels: {error}") from error
     table.restype = ctypes.c_char_p
-    return frozenset((provider, name, kind) for provider, name, kind in map(str.split, table().decode().splitlines()))
+    lines = [line.split() for line in table().decode().splitlines()]
+    return {(provider, name, kind): tuple(inputs) for provider, name, kind, *inputs in lines}

@@ -36,13 +36,16 @@ const abi::Api& api() { return *g_api; }
 
 #define IR_EXPORT extern "C" __attribute__((visibility("default")))
 
-// The table in words: a line "provider function type" for each operator.
+// The table in words: a line "provider function type input input ..." for each operator.
 IR_EXPORT const char* IrOpsTable() {
   static const std::string table = [] {
     std::string table;
-    for (const ir::Op& op : ir::kTable)
-      table += std::string(op.provider != ir::kCpu ? op.provider : "CPUExecutionProvider") + ' ' + op.signature.name + ' ' +
-               ir::element_name(op.element) + '\n';
+    for (const ir::Op& op : ir::kTable) {
+      table += op.provider != ir::kCpu ? op.provider : "CPUExecutionProvider";
+      table += std::string(" ") + op.signature.name + " " + ir::element_name(op.element);
+      for (size_t i = 0; i < op.signature.input_count; ++i) table += std::string(" ") + op.signature.inputs[i].name;
+      table += "\n";
+    }
     return table;
   }();
   return table.c_str();

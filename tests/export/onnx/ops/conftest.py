@@ -13,10 +13,10 @@ from ir_convert.export.onnx.ops.library import VARIABLE, location
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory) -> Path:
+def library() -> Path:
     """The library that the environment names (one with sanitizers), or else one built by the first process to come here."""
-    if VARIABLE in os.environ:
-        return Path(os.environ[VARIABLE])
+    if named := os.environ.get(VARIABLE):
+        return Path(named)
     if shutil.which("cmake") is None or not any(map(shutil.which, ("c++", "g++", "clang++"))):
         pytest.skip("the native kernels need CMake and a C++ compiler")
     built = location()
