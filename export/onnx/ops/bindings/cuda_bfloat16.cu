@@ -1,0 +1,4 @@
+#include "cuda_units.cuh"
+
+template class ir::CudaMlp<ir::abi::kBFloat16>;
+template class ir::CudaAttention<ir::abi::kBFloat16>;

@@ -1,0 +1,4 @@
+#include "cuda_units.cuh"
+
+template class ir::CudaMlp<ir::abi::kFloat>;
+template class ir::CudaAttention<ir::abi::kFloat>;

@@ -1,0 +1,159 @@
+"""The CUDA kernels on the host, against float64: awkward shapes, every mode, and every order of the threads."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from cuda_emulated import BFLOAT16, ORDERS, Emulator, compile_units
+from op_units import EXECUTES, Unit, random_attention, random_mlp
+
+HALF, SINGLE = np.float16, np.float32
+DTYPES = [SINGLE, HALF, BFLOAT16]
+# How far from float64 a result may be, as a share of the largest value.
+TOLERANCE = {np.dtype(SINGLE): 1e-5, np.dtype(HALF): 2e-3, np.dtype(BFLOAT16): 1.6e-2}
+SANITIZED = "IR_CUDA_SANITIZED"  # in the environment of a process that has the sanitizers' runtime
+
+
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory) -> Emulator:
+    if shutil.which("g++") is None or sys.platform != "linux":
+        pytest.skip("the emulation needs g++ on Linux")
+    library = tmp_path_factory.mktemp("cuda") / "units.so"
+    options = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined") if SANITIZED in os.environ else ()
+    compile_units(library, *options)
+    return Emulator(library)
+
+
+def check(emulator: Emulator, unit: Unit, orders: tuple[str, ...] = ("forward", "reversed"), **options) -> None:
+    """Holds the kernels against float64, and one order of the threads against the other, bit by bit."""
+    wanted, first = unit.expected(), None
+    for order in orders:
+        got = emulator.run(unit, order, **options)
+        for result, exact in zip(got, wanted, strict=True):
+            if result.ndim == 4:
+                result, unused = np.split(result, [unit.total], axis=2)
+                assert np.isnan(unused).all()  # nothing is written there
+            error = np.abs(result.astype(np.float64) - exact).max(initial=0) / np.abs(exact).max(initial=1e-3)
+            assert error <= TOLERANCE[unit.dtype], (unit.function, order, error)  # NaN is not
+        first = first or got
+        for one, other in zip(first, got, strict=True):
+            assert one.tobytes() == other.tobytes()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [1, 3, 16, 17])
+@pytest.mark.parametrize("execute", [*EXECUTES, None])
+def test_mlp(emulator, length, execute, dtype):
+    """From 17 tokens on by cuBLAS, which is a plain loop here."""
+    rng = np.random.default_rng(length)
+    optional = ("gate_bias", "up_bias", "down_bias", "post_norm")[: length % 5]
+    activation = "silu" if length % 2 else "gelu_pytorch_tanh"
+    unit = random_mlp(
+        rng, 1, length, 136, 200, execute, optional, dtype, activation=activation, residual_multiplier=0.4
+    )
+    check(emulator, unit)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("batch", "length", "width", "hidden"), [(2, 3, 41, 70), (3, 7, 20, 33), (1, 5, 8, 1), (16, 1, 640, 72)]
+)
+def test_mlp_of_any_width(emulator, batch, length, width, hidden, dtype):
+    """Widths that 16 bytes do not divide, that leave tiles half empty, and that are split several times."""
+    unit = random_mlp(np.random.default_rng(width), batch, length, width, hidden, "random", ("post_norm",), dtype)
+    check(emulator, unit, multiprocessors=40)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+@pytest.mark.parametrize("length", [1, 3, 17])
+@pytest.mark.parametrize("execute", EXECUTES)
+def test_attention(emulator, length, head_dim, execute, dtype):
+    rng = np.random.default_rng(length + head_dim)
+    spare = (None, 0, 9)[(length + head_dim // 16) % 3]
+    unit = random_attention(rng, 2, length, 70, spare, (4, 2), head_dim, 40, execute, dtype=dtype)
+    check(emulator, unit)
+
+
+@pytest.mark.parametrize("dtype", [SINGLE, HALF])
+@pytest.mark.parametrize("variant", ["routed", "strict", "dense"])
+@pytest.mark.parametrize("mask", ["left", "right", "window", "holes"])
+@pytest.mark.parametrize(("length", "spare"), [(2, None), (2, 7), (40, None), (40, 7)])
+def test_masks_and_caches(emulator, length, spare, mask, variant, dtype):
+    rng = np.random.default_rng(length)
+    execute = None if variant == "dense" else "random"
+    unit = random_attention(rng, 3, length, 100, spare, (2, 1), 16, 24, execute, variant == "strict", mask, dtype=dtype)
+    check(emulator, unit, in_place=mask != "window")
+
+
+@pytest.mark.parametrize("heads", [(8, 8), (8, 4), (9, 3), (7, 1), (8, 1), (20, 2)])
+@pytest.mark.parametrize("length", [1, 20])
+def test_shared_keys(emulator, heads, length):
+    check(emulator, random_attention(np.random.default_rng(7), 2, length, 30, 2, heads, 32, 24, "ragged", dtype=HALF))
+
+
+@pytest.mark.parametrize("past", [0, 300])
+@pytest.mark.parametrize("length", [1, 33, 150])
+@pytest.mark.parametrize("multiprocessors", [2, 132])
+def test_lengths(emulator, length, past, multiprocessors):
+    """Several tiles of queries, several blocks of the cache, and a cache split over blocks."""
+    unit = random_attention(
+        np.random.default_rng(past), 2, length, past, None, (2, 1), 64, 16, "ragged", dtype=BFLOAT16
+    )
+    check(emulator, unit, multiprocessors=multiprocessors)
+
+
+OPTIONAL = ("q_bias", "k_bias", "v_bias", "o_bias", "q_norm", "k_norm", "post_norm")
+
+
+@pytest.mark.parametrize("optional", [OPTIONAL, OPTIONAL[4:5], OPTIONAL[5:6], OPTIONAL[:3]])
+@pytest.mark.parametrize("whole_norms", [False, True])
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("length", [5, 19])
+def test_options(emulator, length, strict, whole_norms, optional):
+    rng = np.random.default_rng(len(optional))
+    attributes = {"rotary_dim": 6, "softcap": 1.5, "residual_multiplier": 0.4}
+    unit = random_attention(
+        rng, 1, length, 8, 3, (6, 2), 24, 21, "random", strict, "holes", optional, whole_norms, HALF, **attributes
+    )
+    check(emulator, unit, multiprocessors=20)
+
+
+def test_large_heads(emulator):
+    for length in (1, 18):
+        check(
+            emulator, random_attention(np.random.default_rng(1), 1, length, 66, 1, (2, 1), 256, 16, "all", dtype=HALF)
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [2, 33])
+def test_any_order_of_threads(emulator, length, dtype):
+    rng = np.random.default_rng(3)
+    check(emulator, random_mlp(rng, 2, length, 72, 96, "random", ("post_norm",), dtype), ORDERS)
+    check(emulator, random_attention(rng, 2, length, 90, 4, (4, 1), 64, 32, "random", True, dtype=dtype), ORDERS)
+
+
+def test_unsupported_head(emulator):
+    with pytest.raises(RuntimeError, match="heads of 20 components"):
+        emulator.run(random_attention(np.random.default_rng(0), 1, 2, 5, None, (2, 1), 20))
+
+
+@pytest.mark.skipif(SANITIZED in os.environ, reason="this is the process with the sanitizers")
+def test_sanitizers(emulator):
+    """Runs tests of each kind again, in a process with AddressSanitizer and UndefinedBehaviorSanitizer."""
+    runtime = subprocess.run(
+        ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    if not os.path.isabs(runtime):
+        pytest.skip("g++ has no AddressSanitizer")
+    environment = os.environ | {SANITIZED: "1", "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0"}
+    chosen = "any_order or any_width or (options and 0-True-True)"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__, "-k", chosen],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
