@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import torch
+from muon import Muon
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -55,10 +56,17 @@ def tokenise(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> Tensor
 
 
 def train(
-    model: PreTrainedModel, stream: Tensor, *, minutes: float, steps: int | None, lr: float, autocast: bool = True
+    model: PreTrainedModel,
+    stream: Tensor,
+    *,
+    minutes: float,
+    steps: int | None,
+    lr: float,
+    autocast: bool | None = None,
 ) -> tuple[int, float]:
     """Trains on random blocks of ``stream[tokens]`` for so many minutes, or steps where given.
 
+    Runs in bfloat16 where ``autocast`` says so; by default on CUDA, and on processors that multiply it (AVX-512 or AMX).
     Matrices are trained with Muon, the rest with AdamW at a fifth of its learning rate. The learning rate warms up over
     the first 2 %, holds, and falls linearly to zero over the last half.
 
@@ -66,10 +74,12 @@ def train(
         Steps taken (of ``BATCH_TOKENS`` each) and minutes spent.
     """
     device = model.device
+    if autocast is None:
+        autocast = device.type != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16", False)
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if all(p is not m for m in matrices)]
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(matrices, lr=lr, weight_decay=0.05, momentum=0.95),
+        Muon(matrices, lr=lr, weight_decay=0.05, momentum=0.95),
         torch.optim.AdamW(others, lr=lr / 5, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     start, step, smoothed = time.monotonic(), 0, 0.0
