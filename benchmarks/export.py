@@ -1,4 +1,5 @@
-"""What the export of a large random model takes: time beside that of reading its weights, memory, and whether it loads.
+"""What the export of a large random model takes: time beside that of reading its weights and of writing as many bytes as it
+wrote to the same disk, memory, and whether it loads.
 
     python benchmarks/export.py --parameters 1.5 --shape 1B [--folder DISK] [--json results.json]
 
@@ -80,6 +81,19 @@ def read(model: Path) -> float:
     return time.monotonic() - start
 
 
+def write_plain(file: Path, size: int) -> float:
+    """Returns the seconds that it takes to write so many bytes until they are on the disk."""
+    chunk, start = os.urandom(2**24), time.monotonic()
+    with file.open("wb") as out:
+        for _ in range(-(-size // len(chunk))):
+            out.write(chunk)
+        out.flush()
+        os.fsync(out.fileno())
+    seconds = time.monotonic() - start
+    file.unlink()
+    return seconds
+
+
 def export(model: Path, out: Path, kind: str) -> dict[str, Any]:
     checkpoint = Checkpoint.open(str(model))
     routing, (dtype, int4) = random_routing(checkpoint), EXPORTS[kind]
@@ -130,10 +144,12 @@ def main() -> None:
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                 row = pool.submit(export, model, out, kind).result()
             shutil.rmtree(out)
+            row["writing_seconds"] = write_plain(Path(temporary) / "plain", row["bytes"])
             rows.append(row)
             beyond = (row["memory"] - row["largest_tensor"]) / 2**30
             print(
-                f"{kind:<8} {row['seconds']:6.1f} s, {row['seconds'] / reading:.1f} x reading; {row['bytes'] / 2**30:.2f} GiB; "
+                f"{kind:<8} {row['seconds']:6.1f} s, {row['seconds'] / reading:.1f} x reading, "
+                f"{row['seconds'] / (reading + row['writing_seconds']):.1f} x reading and writing ({row['writing_seconds']:.1f} s); {row['bytes'] / 2**30:.2f} GiB; "
                 f"{row['memory'] / 2**30:.2f} GiB of memory, {beyond:+.2f} beyond the largest tensor",
                 flush=True,
             )

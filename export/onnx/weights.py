@@ -39,13 +39,16 @@ def lazy_tensor(
         tensor = read()
         if tuple(tensor.shape) != shape:
             raise UserError(f"tensor '{name}' has shape {list(tensor.shape)}; {list(shape)} was expected")
-        tensor = tensor.to(dtype)
-        if not is_finite(tensor):
+        stored = tensor.T if transpose else tensor
+        # Transposed where numbers are narrower: it is memory that takes the time.
+        wider = dtype.itemsize > tensor.dtype.itemsize
+        stored = stored.contiguous().to(dtype) if wider else stored.to(dtype).contiguous()
+        if not is_finite(stored):
             raise UserError(
                 f"tensor '{name}' holds values that are not finite in {str(dtype).removeprefix('torch.')}: "
                 "convert to float32, or check the checkpoint"
             )
-        return ir.tensor((tensor.T if transpose else tensor).contiguous())
+        return ir.tensor(stored)
 
     return ir.LazyTensor(
         load, dtype=from_torch_dtype(dtype), shape=ir.Shape(shape[::-1] if transpose else shape), name=name
