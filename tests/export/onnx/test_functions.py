@@ -26,6 +26,7 @@ PROPERTY = settings(max_examples=300, deadline=None)
 D, FFN, HEAD, EPSILON = 12, 20, 8, 1e-5
 TYPES = {
     torch.bool: ir.DataType.BOOL,
+    torch.int32: ir.DataType.INT32,
     torch.int64: ir.DataType.INT64,
     torch.uint8: ir.DataType.UINT8,
     torch.float32: ir.DataType.FLOAT,
@@ -152,7 +153,7 @@ def test_moe(seed, batch, length, kind, experts, active, normalize, post_norm, r
 @given(
     seed=st.integers(0, 2**16),
     batch=st.integers(1, 4),
-    length=st.integers(1, 7),
+    length=st.one_of(st.just(1), st.integers(1, 7)),
     past=st.integers(0, 5),
     spare=st.sampled_from([None, 0, 3]),
     groups=st.integers(1, 3),
@@ -234,7 +235,10 @@ def test_attention(
         for part in ("key", "value"):
             unused = torch.full((batch, kv_heads, length + spare, HEAD), torch.nan)
             x[f"past_{part}"] = torch.cat((x[f"past_{part}"], unused), 2)
-    x["start"] = torch.full((batch,), past)
+    x["start"] = torch.full((batch,), past, dtype=torch.int32)
+    x["total"] = torch.tensor([total], dtype=torch.int32)
+    x["step"] = torch.tensor([batch == length == 1 and spare is not None])
+    x["step_bias"] = torch.zeros(batch, 1, 1, total).masked_fill(~x["mask"][:, None, -1:], -torch.inf)
     attributes = {"num_heads": heads, "kv_num_heads": kv_heads, "head_dim": HEAD, "scale": 0.3, "epsilon": EPSILON}
     attributes |= {"softcap": softcap, "rotary_dim": rotary_dim, "residual_multiplier": factor}
     features = Features(whole_norms=whole_norms, scaled=factor != 1)
@@ -284,7 +288,7 @@ def test_signatures_are_stable():
     mlp_inputs = "h forecast execute gate_weight up_weight down_weight gate_bias up_bias down_bias post_norm"
     moe_inputs = "h forecast execute gate_weight gate_up_weight down_weight post_norm"
     attention_inputs = (
-        "h forecast execute cos sin mask start past_key past_value q_weight k_weight v_weight o_weight "
+        "h forecast execute cos sin mask step_bias start total step past_key past_value q_weight k_weight v_weight o_weight "
         "q_bias k_bias v_bias o_bias q_norm k_norm post_norm"
     )
     attention_attributes = "num_heads kv_num_heads head_dim scale softcap rotary_dim"
