@@ -6,7 +6,7 @@ cache is bound is in one place, ``Cache``.
 
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -195,7 +195,7 @@ def supports_in_place(session: ort.InferenceSession, config: PretrainedConfig, d
 
 @dataclass
 class Probe:
-    """A routed model that also gives away what every unit executed and, where the graph shows them, the scores."""
+    """A routed model that also gives away what every unit executed, and its scores."""
 
     session: ort.InferenceSession
     config: PretrainedConfig
@@ -214,8 +214,7 @@ class Probe:
             if match := DECISION.fullmatch(name):
                 key = int(match["layer"]), match["unit"]
                 executes[key] = name
-                if (score := _compared(name, producers)) is not None:
-                    scores[key] = score
+                scores[key] = producers[name].output[2]
         if len(executes) != len(UNITS) * config.num_hidden_layers:
             raise RuntimeError(
                 f"{path} shows the decisions of {len(executes)} units: those of every unit were expected"
@@ -251,11 +250,3 @@ class Probe:
             found["scores"] = {key: values[name] for key, name in self.scores.items()}
             found["logits"] = values["logits"]
         return found
-
-
-def _compared(decision: str, producers: Mapping[str, onnx.NodeProto]) -> str | None:
-    """Returns the value whose comparison a decision is; None where the graph decides in another way."""
-    node = producers.get(decision)
-    while node is not None and node.op_type not in ("Greater", "GreaterOrEqual"):
-        node = producers.get(node.input[0]) if node.op_type in ("And", "Identity", "Squeeze", "Reshape") else None
-    return None if node is None else node.input[0]

@@ -1,60 +1,86 @@
-"""Forecast and decision of a routed unit, as graph nodes."""
+"""The body of a routed unit's decision, and the call of it."""
 
 import onnx_ir as ir
 import torch
 from onnxscript import OpBuilder
 from torch import Tensor
+from torch.nn import functional as F
 
 from ir_convert.units import RoutedUnit
 
+from .body import Inputs
 from .stored import Stored
 
 
-def decide(
-    op: OpBuilder, stored: Stored, h: ir.Value, routed: RoutedUnit, threshold: ir.Value, prefix: str
-) -> dict[str, ir.Value]:
-    """h -> down -> silu -> up -> forecast;  h -> hidden -> silu -> out -> score > threshold -> execute
+def ranked(op: OpBuilder, x: Inputs) -> list[ir.Value]:
+    """h -> down -> silu -> up -> forecast;  h -> hidden -> silu -> out -> score > threshold -> execute"""
+    if x["h"].dtype == ir.DataType.FLOAT:
+        code, hidden = _together(op, x)
+    else:
+        code, hidden = _silu(op, op.Add(op.MatMul(x["h"], x["down_weight"]), x["down_bias"])), _hidden(op, x)
+    forecast = op.Add(op.MatMul(code, x["up_weight"]), x["up_bias"])
+    return [forecast, *_decision(op, x, hidden)]
 
-    The router is fp32 at every precision: its scores are compared with a threshold that was measured in fp32.
+
+def constant(op: OpBuilder, x: Inputs) -> list[ir.Value]:
+    """up_bias -> forecast;  h -> hidden -> silu -> out -> score > threshold -> execute"""
+    return [op.Expand(x["up_bias"], op.Shape(x["h"])), *_decision(op, x, _hidden(op, x))]
+
+
+def _together(op: OpBuilder, x: Inputs) -> list[ir.Value]:
+    """h -> both first layers in one product -> silu -> ``[B, S, r]``, ``[B, S, w]``
+
+    At one token a step, nodes are what costs. ONNX Runtime joins the weights once, when it loads a model.
+    """
+    weight = op.Concat(x["down_weight"], x["hidden_weight"], axis=1)
+    bias = op.Concat(x["down_bias"], x["hidden_bias"], axis=0)
+    sizes = op.Concat(op.Shape(x["down_bias"]), op.Shape(x["hidden_bias"]), axis=0)
+    both = _silu(op, op.Add(op.MatMul(x["h"], weight), bias))
+    return list(op.Split(both, sizes, axis=-1, _outputs=["code", "hidden"]))
+
+
+def _hidden(op: OpBuilder, x: Inputs) -> ir.Value:
+    h = x["h"] if x["h"].dtype == ir.DataType.FLOAT else op.Cast(x["h"], to=ir.DataType.FLOAT)
+    return _silu(op, op.Add(op.MatMul(h, x["hidden_weight"]), x["hidden_bias"]))
+
+
+def _decision(op: OpBuilder, x: Inputs, hidden: ir.Value) -> list[ir.Value]:
+    """``[B, S, w]`` -> execute, score"""
+    score = op.Add(op.MatMul(hidden, x["out_weight"]), x["out_bias"])
+    return [op.Greater(score, x["threshold"]), score]
+
+
+def _silu(op: OpBuilder, x: ir.Value) -> ir.Value:
+    return op.Mul(x, op.Sigmoid(x))
+
+
+def decision_weights(stored: Stored, routed: RoutedUnit, prefix: str, forecasts: bool) -> dict[str, ir.Value]:
+    """Adds the weights of a unit's forecaster and router, which lie in memory; returns them by their names in ``Decide``.
 
     Args:
-        h: ``[B, S, hidden]``.
-        threshold: of every token ``[B, S]``.
+        stored: where to add them.
+        routed: the unit.
         prefix: of the tensors' names.
-
-    Returns:
-        forecast ``[B, S, hidden]`` and execute bool ``[B, S]``.
+        forecasts: whether ``Decide`` has a forecaster. One of rank 0 then forecasts through a rank of zeros.
     """
+    forecaster, router = routed.forecaster, routed.router
 
     def weight(name: str, tensor: Tensor, dtype: torch.dtype = torch.float32) -> ir.Value:
         shape = tuple(tensor.shape)
         return stored.initializer(f"{prefix}.{name}", shape, lambda: tensor, dtype, transpose=tensor.ndim == 2)
 
-    forecaster, router, dtype = routed.forecaster, routed.router, stored.dtype
-    if forecaster.rank and dtype == torch.float32:
-        # Both first layers in one product: at one token a step, nodes are what costs.
-        first = weight("first", torch.cat([forecaster.down, router.hidden]))
-        bias = weight("first_bias", torch.cat([forecaster.down_bias, router.hidden_bias]))
-        code = _silu(op, op.Add(op.MatMul(h, first), bias))
-        down, hidden = op.Split(code, [forecaster.rank, router.width], axis=-1, _outputs=["code", "hidden"])
-    else:
-        tall = h if dtype == torch.float32 else op.Cast(h, to=ir.DataType.FLOAT)
-        hidden = op.MatMul(tall, weight("router.hidden", router.hidden))
-        hidden = _silu(op, op.Add(hidden, weight("router.hidden_bias", router.hidden_bias)))
-        if forecaster.rank:
-            down = op.MatMul(h, weight("forecaster.down", forecaster.down, dtype))
-            down = _silu(op, op.Add(down, weight("forecaster.down_bias", forecaster.down_bias, dtype)))
-
-    bias = weight("forecaster.bias", forecaster.bias, dtype)
-    if forecaster.rank:
-        up = weight("forecaster.up", forecaster.up, dtype)
-        forecast = op.Add(op.MatMul(down, up), bias, _outputs=["forecast"])
-    else:
-        forecast = op.Expand(bias, op.Shape(h), _outputs=["forecast"])
-    score = op.MatMul(hidden, weight("router.out", router.out[0]))  # [B, S]
-    score = op.Add(score, weight("router.out_bias", router.out_bias), _outputs=["score"])
-    return {"forecast": forecast, "execute": op.Greater(score, threshold, _outputs=["execute"])}
-
-
-def _silu(op: OpBuilder, x: ir.Value) -> ir.Value:
-    return op.Mul(x, op.Sigmoid(x))
+    weights = {
+        "up_bias": weight("forecaster.bias", forecaster.bias, stored.dtype),
+        "hidden_weight": weight("router.hidden", router.hidden),
+        "hidden_bias": weight("router.hidden_bias", router.hidden_bias),
+        "out_weight": weight("router.out", router.out[0]),
+        "out_bias": weight("router.out_bias", router.out_bias),
+    }
+    if forecasts:
+        down, down_bias, up = forecaster.down, forecaster.down_bias, forecaster.up
+        if not forecaster.rank:
+            down, down_bias, up = F.pad(down, (0, 0, 0, 1)), F.pad(down_bias, (0, 1)), F.pad(up, (0, 1))
+        weights["down_weight"] = weight("forecaster.down", down, stored.dtype)
+        weights["down_bias"] = weight("forecaster.down_bias", down_bias, stored.dtype)
+        weights["up_weight"] = weight("forecaster.up", up, stored.dtype)
+    return weights

@@ -1,5 +1,6 @@
-"""A layer's units as ONNX functions, routed and plain: what a unit does with a decision, in standard operators.
+"""A layer's units as ONNX functions, routed and plain: the decision, and what a unit does with it, in standard operators.
 
+    forecast, execute = Decide(h)
     output[b, s] = unit(h)[b, s]  where execute[b, s],  else forecast[b, s]
 
 Only executed tokens enter the matrix products that routing saves: one index of executed rows, ``rows``, is shared by all
@@ -7,7 +8,7 @@ gathers of a unit and by the scatter that merges its output into the forecast. K
 token; with a strict KV cache for executed tokens only. A plain unit takes neither forecast nor execute.
 
 The signatures are stable: a native library may register kernels under the same names (domain ``ir``), which then replace
-these bodies. Every call passes the inputs in the order of ``ATTENTION_INPUTS``, ``MLP_INPUTS`` or ``MOE_INPUTS``; an optional
+these bodies. Every call passes the inputs in the order of ``DECIDE_INPUTS``, ``ATTENTION_INPUTS``, ``MLP_INPUTS`` or ``MOE_INPUTS``; an optional
 input that a model lacks is an empty name, and the body is built without it. So it is with an attribute that has its default.
 Weights are ``[in, out]``.
 
@@ -25,6 +26,7 @@ import onnx_ir as ir
 from onnxscript import OpBuilder, build_function
 
 from . import attention as attention_bodies
+from . import decide as decide_bodies
 from . import mlp as mlp_bodies
 from . import moe as moe_bodies
 from .body import MICROSOFT, PLAIN, Features, Inputs
@@ -33,6 +35,10 @@ from .names import tidy
 DOMAIN, INT4_DOMAIN, VERSION, OPSET = "ir", "ir.int4", 1, 24
 OPSETS = {"": OPSET, MICROSOFT: 1}  # what the bodies are written in
 
+DECIDE_INPUTS = (
+    *("h", "threshold", "down_weight", "down_bias", "up_weight", "up_bias"),
+    *("hidden_weight", "hidden_bias", "out_weight", "out_bias"),
+)
 MLP_PROJECTIONS, ATTENTION_PROJECTIONS = ("gate", "up", "down"), ("q", "k", "v", "o")
 MLP_INPUTS = (
     *("h", "forecast", "execute", "gate_weight", "up_weight", "down_weight"),
@@ -60,11 +66,34 @@ ATTENTION_INPUTS = (
 ROUTING = ("forecast", "execute")  # the inputs that a plain unit is without
 OPTIONAL, NEEDED = ("_bias", "_norm", "_zero_points"), "step_bias"  # how the names of optional inputs end, but for one
 # The types that are the same at every precision.
-BOOL, INT32 = ir.DataType.BOOL, ir.DataType.INT32
+BOOL, INT32, FLOAT = ir.DataType.BOOL, ir.DataType.INT32, ir.DataType.FLOAT
 TYPES = {"execute": BOOL, "mask": BOOL, "start": INT32, "total": INT32, "step": BOOL}
+TYPES |= dict.fromkeys(("threshold", "hidden_weight", "hidden_bias", "out_weight", "out_bias"), FLOAT)
 
 Body = Callable[[OpBuilder, Inputs], list[ir.Value]]
 Int4Attributes = Mapping[str, Mapping[str, int]]  # of MatMulNBits, by projection
+
+
+def decide(forecasts: bool = True, dtype: ir.DataType = FLOAT) -> ir.Function:
+    """Builds ``Decide``: what a routed unit's tokens get if they do not execute, and whether they do.
+
+    Inputs (``DECIDE_INPUTS``), S tokens in each of B sequences, F a float type, r a forecaster's rank, w a router's width:
+        h ``F[B, S, d]``: what the unit sees. threshold ``float32[B, S]``, of every token.
+        down_weight ``F[d, r]``, down_bias ``F[r]``, up_weight ``F[r, d]``: all or none; up_bias ``F[d]``.
+        hidden_weight ``float32[d, w]``, hidden_bias, out_weight ``float32[w]``, out_bias ``float32[1]``.
+    Outputs: forecast ``F[B, S, d]``, execute ``bool[B, S]``, score ``float32[B, S]``.
+
+    The router is float32 at every precision: its scores are compared with a threshold that was measured in float32.
+
+    Args:
+        forecasts: whether there is a forecaster; if not, its rank is 0: up_bias is the forecast for every token.
+        dtype: F.
+    """
+    optional = ["up_bias", "hidden_bias", "out_bias"] + ["down_bias"] * forecasts
+    body = decide_bodies.ranked if forecasts else decide_bodies.constant
+    outputs = ("forecast", "execute", "score")
+    doc = _DECIDE if forecasts else _DECIDE_CONSTANT
+    return _function("Decide", body, DECIDE_INPUTS, outputs, optional, [], doc, dtype, None, PLAIN)
 
 
 def mlp(
@@ -196,6 +225,11 @@ _CONTRIBUTION = (
     ir.Attr("epsilon", ir.AttributeType.FLOAT, 1e-5),
     ir.Attr("residual_multiplier", ir.AttributeType.FLOAT, 1.0),
 )
+_SCORE = """\
+score = out(silu(hidden(h))), in float32;
+execute = score > threshold."""
+_DECIDE = f"forecast = up(silu(down(h)));\n{_SCORE}"
+_DECIDE_CONSTANT = f"forecast = up_bias;\n{_SCORE}"
 _DENSE_MLP = "output = residual_multiplier * post_norm(down(activation(gate(h)) * up(h)))."
 _ROUTED_MLP = """\
 output = residual_multiplier * post_norm(down(activation(gate(h)) * up(h))) where execute, forecast elsewhere.

@@ -2,12 +2,11 @@
 
 x = embedding(input_ids)
 in every layer, for attention, then for the MLP:
-    h        = norm(x)
-    forecast = up(silu(down(h)))
-    execute  = score(h) > threshold
-    x        = x + ir::RoutedAttention / ir::RoutedMLP (h, forecast, execute, weights)
+    h = norm(x)
+    forecast, execute = ir::Decide (h, threshold, weights)
+    x = x + ir::RoutedAttention / ir::RoutedMLP (h, forecast, execute, weights)
     or, where the unit is not routed,
-    x        = x + ir::DenseAttention / ir::DenseMLP (h, weights)
+    x = x + ir::DenseAttention / ir::DenseMLP (h, weights)
     An MLP that is a mixture of experts is RoutedMoE or DenseMoE. A unit without a norm sees x; its decision sees x over its RMS.
 logits = head(norm(x))
 """
@@ -32,8 +31,8 @@ from ir_convert.routing import Routing
 from ir_convert.units import RoutedUnit
 
 from .body import MICROSOFT, Features
-from .decide import decide
-from .functions import DOMAIN, INT4_DOMAIN, OPSETS, OPTIONAL, VERSION, attention, mlp, moe
+from .decide import decision_weights
+from .functions import DOMAIN, INT4_DOMAIN, OPSETS, OPTIONAL, VERSION, attention, decide, mlp, moe
 from .int4 import Int4
 from .int8 import ATTRIBUTES, int8_tensors
 from .names import tidy
@@ -107,11 +106,13 @@ class _Decoder:
         self.dtype, self.ir_dtype = dtype, from_torch_dtype(dtype)
         self.traced, self.int4 = traced, int4
         self.head_dim = head_dim(self.config)
+        domains = {DOMAIN: VERSION} if int4 is None or routing.units else {}
+        domains |= {} if int4 is None else {INT4_DOMAIN: VERSION}
         self.graph = ir.Graph(
             [],
             [],
             nodes=[],
-            opset_imports={**OPSETS, DOMAIN if int4 is None else INT4_DOMAIN: VERSION},
+            opset_imports={**OPSETS, **domains},
             name="ir_decoder",
         )
         self.builder = GraphBuilder(self.graph)
@@ -230,7 +231,7 @@ class _Decoder:
             inputs = inputs | {"h": h} | weights
             if routed is not None:
                 seen = self._normed(x, self.stored.ones()) if norm is None else h
-                inputs |= decide(self.op, self.stored, seen, routed, self.token_threshold, scope)
+                inputs["forecast"], inputs["execute"] = self._decide(seen, routed, scope)
                 self.executed[layer, unit] = inputs["execute"]
             function = self._function(unit, routed is not None, weights)
             arguments = [inputs.get(str(value.name)) for value in function.inputs]
@@ -240,6 +241,16 @@ class _Decoder:
             output, *others = [called] if len(outputs) == 1 else called
             output.type, output.shape = x.type, x.shape
             return [self.op.Add(x, output, _outputs=["x"]), *others]
+
+    def _decide(self, h: ir.Value, routed: RoutedUnit, scope: str) -> tuple[ir.Value, ir.Value]:
+        """Returns forecast ``[B, S, hidden]`` and execute ``[B, S]``."""
+        forecasts = any(unit.forecaster.rank for unit in self.routing.units.values())
+        inputs = {"h": h, "threshold": self.token_threshold}
+        inputs |= decision_weights(self.stored, routed, scope, forecasts)
+        function = self.functions.setdefault(("decide", True), decide(forecasts, self.ir_dtype))
+        arguments = [inputs.get(str(value.name)) for value in function.inputs]
+        forecast, execute, _ = self.builder.call(function, *arguments, _outputs=["forecast", "execute", "score"])
+        return forecast, execute
 
     def _function(self, unit: str, routed: bool, weights: Collection[str]) -> ir.Function:
         """Returns what a unit with these weights calls; all layers share it."""

@@ -119,7 +119,7 @@ def product_shapes(model: OnnxModel, batch: Batch, threshold: float, folder: Pat
     shapes = []
     for event in events:
         (shape,) = event["args"]["output_type_shape"][0].values()
-        if "_inlfunc_" in event["name"]:
+        if "_inlfunc_" in event["name"] and "_inlfunc_Decide" not in event["name"]:
             shapes.append(shape)
     return shapes
 

@@ -17,10 +17,12 @@ from ir_convert.export.onnx.functions import (
     ROUTING,
     VERSION,
     attention,
+    decide,
     mlp,
     moe,
 )
 from ir_convert.export.onnx.int4 import Int4, quantise
+from ir_convert.units import Forecaster, RoutedUnit, Router
 
 PROPERTY = settings(max_examples=300, deadline=None)
 D, FFN, HEAD, EPSILON = 12, 20, 8, 1e-5
@@ -29,6 +31,7 @@ TYPES = {
     torch.int32: ir.DataType.INT32,
     torch.int64: ir.DataType.INT64,
     torch.uint8: ir.DataType.UINT8,
+    torch.float16: ir.DataType.FLOAT16,
     torch.float32: ir.DataType.FLOAT,
 }
 
@@ -51,12 +54,15 @@ def execute_mask(kind: str, batch: int, length: int) -> Tensor:
     return execute
 
 
-def run(function: ir.Function, values: dict[str, Tensor], **attributes: float) -> list[Tensor]:
-    """Runs a model that holds nothing but one call of the function."""
+def run(
+    function: ir.Function, values: dict[str, Tensor], types: dict[str, ir.DataType] | None = None, **attributes: float
+) -> list[Tensor]:
+    """Runs a model that holds nothing but one call of the function; outputs are float32, but for those of other ``types``."""
     graph = ir.Graph([], [], nodes=[], opset_imports={**OPSETS, function.domain: VERSION}, name="call")
     builder = GraphBuilder(graph)
     inputs = {name: builder.input(name, TYPES[value.dtype], [None] * value.ndim) for name, value in values.items()}
-    outputs = [ir.Value(name=f"out{i}", type=ir.TensorType(ir.DataType.FLOAT)) for i in range(len(function.outputs))]
+    kinds = [(types or {}).get(str(output.name), ir.DataType.FLOAT) for output in function.outputs]
+    outputs = [ir.Value(name=f"out{i}", type=ir.TensorType(kind)) for i, kind in enumerate(kinds)]
     builder.call(function, *(inputs.get(value.name) for value in function.inputs), _outputs=outputs, **attributes)
     graph.outputs.extend(outputs)
     model = ir.serde.serialize_model(ir.Model(graph, ir_version=11, functions=[function]))
@@ -78,6 +84,40 @@ def quantised(x: dict[str, Tensor], method: str | None) -> tuple[dict[str, Tenso
         inputs |= {f"{projection}_{part}": tensor for part, tensor in packed.parts().items()}
         attributes[projection] = int4.attributes(*x[name].T.shape)
     return inputs, attributes
+
+
+@PROPERTY
+@given(
+    seed=st.integers(0, 2**16),
+    batch=st.integers(1, 4),
+    length=st.integers(1, 7),
+    rank=st.integers(0, 5),
+    width=st.integers(1, 5),
+    dtype=st.sampled_from([torch.float32, torch.float32, torch.float16]),
+    kind=execute_masks,
+)
+def test_decide(seed, batch, length, rank, width, dtype, kind):
+    torch.manual_seed(seed)
+    forecaster = Forecaster(torch.randn(rank, D), torch.randn(rank), torch.randn(D, rank), torch.randn(D))
+    forecaster = Forecaster(*(vars(forecaster)[name].to(dtype) for name in vars(forecaster)))
+    router = Router(torch.randn(width, D), torch.randn(width), torch.randn(1, width), torch.randn(1))
+    h = torch.randn(batch, length, D).to(dtype)
+    score = RoutedUnit(forecaster, router).router(h.float())
+    wanted = execute_mask(kind, batch, length)
+    x = {"h": h, "threshold": score + torch.where(wanted, -1.0, 1.0)}
+    if kind in ("none", "all"):
+        x["threshold"] = torch.full((batch, length), -torch.inf if kind == "all" else torch.inf)
+    if rank:
+        x |= {"down_weight": forecaster.down.T, "down_bias": forecaster.down_bias, "up_weight": forecaster.up.T}
+    x |= {"up_bias": forecaster.bias, "hidden_weight": router.hidden.T, "hidden_bias": router.hidden_bias}
+    x |= {"out_weight": router.out[0], "out_bias": router.out_bias}
+    types = {"forecast": TYPES[dtype], "execute": ir.DataType.BOOL}
+    forecast, execute, got = run(decide(rank > 0, TYPES[dtype]), x, types)
+    assert execute.equal(wanted)
+    torch.testing.assert_close(got, score, atol=1e-4, rtol=1e-5)
+    expected = Forecaster(*(part.float() for part in vars(forecaster).values()))(h.float())
+    tolerance = 1e-4 if dtype == torch.float32 else 5e-2
+    torch.testing.assert_close(forecast.float(), expected, atol=tolerance, rtol=tolerance)
 
 
 @PROPERTY
@@ -285,6 +325,13 @@ def test_attributes_may_be_left_out():
 
 def test_signatures_are_stable():
     """A native library registers kernels for these; changing one breaks files that are out in the world."""
+    decision = "h threshold down_weight down_bias up_weight up_bias hidden_weight hidden_bias out_weight out_bias"
+    for forecasts in (True, False):
+        function = decide(forecasts)
+        assert (function.domain, function.name, list(function.attributes)) == ("ir", "Decide", [])
+        assert [value.name for value in function.inputs] == decision.split()
+        assert [value.name for value in function.outputs] == ["forecast", "execute", "score"]
+        assert (function.doc_string or "").endswith("execute = score > threshold.")
     mlp_inputs = "h forecast execute gate_weight up_weight down_weight gate_bias up_bias down_bias post_norm"
     moe_inputs = "h forecast execute gate_weight gate_up_weight down_weight post_norm"
     attention_inputs = (
