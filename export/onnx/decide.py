@@ -11,15 +11,16 @@ from ir_convert.units import RoutedUnit
 from .body import Inputs
 from .stored import Stored
 
+ONE = 1.2784645427610738  # silu(ONE) = 1
+
 
 def ranked(op: OpBuilder, x: Inputs) -> list[ir.Value]:
     """h -> down -> silu -> up -> forecast;  h -> hidden -> silu -> out -> score > threshold -> execute"""
     if x["h"].dtype == ir.DataType.FLOAT:
-        code, hidden = _together(op, x)
-    else:
-        code, hidden = _silu(op, op.Add(op.MatMul(x["h"], x["down_weight"]), x["down_bias"])), _hidden(op, x)
+        return _together(op, x)
+    code = _silu(op, op.Add(op.MatMul(x["h"], x["down_weight"]), x["down_bias"]))
     forecast = op.Add(op.MatMul(code, x["up_weight"]), x["up_bias"])
-    return [forecast, *_decision(op, x, hidden)]
+    return [forecast, *_decision(op, x, _hidden(op, x))]
 
 
 def constant(op: OpBuilder, x: Inputs) -> list[ir.Value]:
@@ -28,15 +29,24 @@ def constant(op: OpBuilder, x: Inputs) -> list[ir.Value]:
 
 
 def _together(op: OpBuilder, x: Inputs) -> list[ir.Value]:
-    """h -> both first layers in one product -> silu -> ``[B, S, r]``, ``[B, S, w]``
+    """h -> both first layers and a constant 1, in one product -> silu ``[B, S, r + w + 1]`` -> forecast;  -> score -> execute
 
-    At one token a step, nodes are what costs. ONNX Runtime joins the weights once, when it loads a model.
+    At one token a step, nodes are what costs: so neither is the code split, nor are the last biases added: they are the 1's
+    weights. ONNX Runtime joins the weights once, when it loads a model.
     """
-    weight = op.Concat(x["down_weight"], x["hidden_weight"], axis=1)
-    bias = op.Concat(x["down_bias"], x["hidden_bias"], axis=0)
-    sizes = op.Concat(op.Shape(x["down_bias"]), op.Shape(x["hidden_bias"]), axis=0)
-    both = _silu(op, op.Add(op.MatMul(x["h"], weight), bias))
-    return list(op.Split(both, sizes, axis=-1, _outputs=["code", "hidden"]))
+    zero = op.Constant(value_float=0.0)
+
+    def zeros(*sizes: ir.Value) -> ir.Value:
+        return op.Expand(zero, op.Concat(*sizes, axis=0))
+
+    d, r, w = (op.Shape(x[name]) for name in ("up_bias", "down_bias", "hidden_bias"))
+    first = op.Concat(x["down_weight"], x["hidden_weight"], zeros(d, [1]), axis=1)
+    bias = op.Concat(x["down_bias"], x["hidden_bias"], [ONE], axis=0)
+    up = op.Concat(x["up_weight"], zeros(w, d), op.Unsqueeze(x["up_bias"], [0]), axis=0)
+    out = op.Concat(zeros(r), x["out_weight"], x["out_bias"], axis=0)
+    code = _silu(op, op.Add(op.MatMul(x["h"], first), bias))
+    score = op.MatMul(code, out)
+    return [op.MatMul(code, up), op.Greater(score, x["threshold"]), score]
 
 
 def _hidden(op: OpBuilder, x: Inputs) -> ir.Value:
