@@ -1,11 +1,12 @@
 # make demo: convert the tiny trained model and run what came out.   make test: all tests.   make lint: linters.
 # make test-interop: tests that need older packages than the rest, in .venv-interop.
+# make ops: build the library of native kernels into your cache folder (with CUDA kernels where nvcc is found); print where.
 PYTHON ?= python3
 BIN := .venv/bin
 INTEROP := .venv-interop/bin
 DEMO := demo
 
-.PHONY: demo test test-interop lint clean
+.PHONY: demo test test-interop ops lint clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -37,6 +38,9 @@ test: .venv/.installed
 
 test-interop: .venv-interop/.installed
 	$(INTEROP)/python -m pytest tests/interop tests/export/hf --ignore tests/export/hf/test_variants.py
+
+ops: .venv/.installed
+	$(BIN)/python -m ir_convert.export.onnx.ops build
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

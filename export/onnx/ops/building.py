@@ -11,6 +11,9 @@ from ir_convert.files import sync
 
 from .library import NAME, SOURCES, location
 
+CONTEXT = 4  # lines of a failed build that its error shows
+HEADERS = "IR_ORT_HEADERS"  # names a folder of ONNX Runtime's own headers: holds the binding of its C API against them
+
 
 def build(out: Path | None = None, cuda: str = "auto", sanitize: bool = False) -> Path:
     """Builds the library, and puts it in place when it is whole.
@@ -24,7 +27,7 @@ def build(out: Path | None = None, cuda: str = "auto", sanitize: bool = False) -
         The library's path.
 
     Raises:
-        UserError: no compiler, or it fails.
+        UserError: no compiler, or it fails; the environment names a folder of headers that has none.
     """
     if shutil.which("cmake") is None:
         raise UserError("building the native kernels needs CMake 3.24 (pip install cmake) and a C++ compiler")
@@ -32,6 +35,10 @@ def build(out: Path | None = None, cuda: str = "auto", sanitize: bool = False) -
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="ir-ops-") as folder:
         options = [f"-DIR_CUDA={cuda.upper()}", f"-DIR_SANITIZE={'ON' if sanitize else 'OFF'}"]
+        if headers := os.environ.get(HEADERS):
+            if not (Path(headers) / "onnxruntime_c_api.h").is_file():
+                raise UserError(f"{HEADERS} names '{headers}', where there is no onnxruntime_c_api.h")
+            options.append(f"-D{HEADERS}={Path(headers).resolve()}")
         _run("cmake", "-S", str(SOURCES), "-B", folder, *options)
         _run("cmake", "--build", folder, "--parallel", str(os.cpu_count() or 1))
         # Copied beside its place first, so that it appears there at once, also from another file system.
@@ -47,5 +54,14 @@ def build(out: Path | None = None, cuda: str = "auto", sanitize: bool = False) -
 def _run(*command: str) -> None:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if done.returncode != 0:
-        said = [line for line in done.stdout.splitlines() if "error" in line.lower()] or done.stdout.splitlines()[-1:]
-        raise UserError(f"building the native kernels failed: {said[0].strip() if said else ' '.join(command)}")
+        raise UserError(f"building the native kernels failed: {_first_error(done.stdout) or ' '.join(command)}")
+
+
+def _first_error(output: str) -> str:
+    """Returns the first error in a build's output with the lines that follow it, or else the last lines."""
+    lines = [line.rstrip() for line in output.splitlines() if line.strip()]
+    # A compiler's own error says more than CMake's, which may come before it.
+    for sign in (": error", "CMake Error", "error"):
+        if found := [i for i, line in enumerate(lines) if sign in line]:
+            return "\n".join(lines[found[0] : found[0] + CONTEXT])
+    return "\n".join(lines[-CONTEXT:])
