@@ -36,7 +36,7 @@ def _together(op: OpBuilder, x: Inputs) -> list[ir.Value]:
     """
     zero = op.Constant(value_float=0.0)
 
-    def zeros(*sizes: ir.Value) -> ir.Value:
+    def zeros(*sizes: ir.Value | list[int]) -> ir.Value:
         return op.Expand(zero, op.Concat(*sizes, axis=0))
 
     d, r, w = (op.Shape(x[name]) for name in ("up_bias", "down_bias", "hidden_bias"))
