@@ -1,0 +1,106 @@
+"""How the runtime chooses a library of native kernels: found, named, none; and which models keep their own functions."""
+
+import numpy as np
+import pytest
+import torch
+from models import random_routing, save_random
+
+from ir_convert.checkpoint import Checkpoint
+from ir_convert.errors import UserError
+from ir_convert.export.onnx import write
+from ir_convert.export.onnx.int4 import Int4
+from ir_convert.export.onnx.ops import supported
+from ir_convert.export.onnx.ops.library import VARIABLE
+from ir_convert.runtime import OnnxModel
+from ir_convert.runtime.library import choose, usable
+from ir_convert.runtime.loading import Model
+
+CPU = ["CPUExecutionProvider"]
+IDS = np.random.default_rng(3).integers(3, 131, (2, 9))
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory):
+    """Writes a random model once for each way to quantise it; returns its folder."""
+    base = tmp_path_factory.mktemp("base")
+    save_random("llama", base)
+    checkpoint = Checkpoint.open(str(base))
+    folders = {}
+
+    def folder(int4: Int4 | None = None, dtype: torch.dtype = torch.float32):
+        if (int4, dtype) not in folders:
+            folders[int4, dtype] = tmp_path_factory.mktemp("onnx")
+            write(checkpoint, random_routing(checkpoint), folders[int4, dtype], "ir-tiny.onnx", dtype, int4=int4)
+        return folders[int4, dtype]
+
+    return folder
+
+
+def units(library, dtype="float32", **changed) -> Model:
+    """A model that calls RoutedMLP as the library has it, but for what is changed: the inputs of functions."""
+    table = {name: inputs for (provider, name, kind), inputs in supported(library).items() if provider == CPU[0]}
+    return Model({}, {("ir", "RoutedMLP"): table["RoutedMLP"], **{("ir", k): v for k, v in changed.items()}}, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_found_and_registered(export, library, monkeypatch, dtype):
+    folder = export(dtype=dtype)
+    own = OnnxModel.load(folder, CPU, threads=1)
+    assert own.library is None  # the tests' environment names none
+    monkeypatch.setenv(VARIABLE, str(library))
+    native = OnnxModel.load(folder, CPU, threads=1)
+    assert native.library == library
+    expected = own.logits(IDS)
+    tolerance = (1e-4 if dtype == torch.float32 else 2e-2) * np.abs(expected).max()
+    np.testing.assert_allclose(native.logits(IDS), expected, atol=tolerance, rtol=0)
+
+
+def test_int4_keeps_its_functions(export, library, monkeypatch):
+    folder = export(Int4())
+    own = OnnxModel.load(folder, CPU, threads=1).logits(IDS)
+    monkeypatch.setenv(VARIABLE, str(library))
+    assert OnnxModel.load(folder, CPU, threads=1).library is None
+    wanted = OnnxModel.load(folder, CPU, threads=1, library=library)  # it does no harm either
+    np.testing.assert_allclose(wanted.logits(IDS), own, atol=1e-4 * np.abs(own).max(), rtol=0)
+
+
+def test_what_a_library_can_run(library):
+    assert usable(library, units(library), CPU)
+    assert usable(library, units(library, "float16"), CPU)
+    assert usable(library, units(library, RoutedMoE=("h",)), CPU)  # a name that it lacks stays a function
+
+
+def test_what_a_library_lacks(library):
+    inputs = units(library).functions["ir", "RoutedMLP"]
+    assert not usable(library, units(library, "bfloat16"), CPU)
+    assert not usable(library, units(library, RoutedMLP=inputs[:-1]), CPU)
+    assert not usable(library, units(library, RoutedMLP=(*inputs, "new")), CPU)
+    assert not usable(library, units(library, DenseMLP=("h",)), CPU)
+    assert not usable(library, Model({}, {}, "float32"), CPU)
+    assert not usable(library, units(library), ["AnotherExecutionProvider", *CPU])
+
+
+def test_environment(library, monkeypatch, tmp_path):
+    model = units(library)
+    monkeypatch.setenv(VARIABLE, str(library))
+    assert choose(None, model, CPU) == library
+    assert choose(False, model, CPU) is None
+    monkeypatch.setenv(VARIABLE, "")
+    assert choose(None, model, CPU) is None
+    assert choose(library, model, CPU) == library
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "none.so"))
+    with pytest.raises(UserError, match=f"{VARIABLE} names '.*none.so', which does not exist"):
+        choose(None, model, CPU)
+    monkeypatch.delenv(VARIABLE)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # where nothing has been built
+    assert choose(None, model, CPU) is None
+
+
+def test_no_library(library, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"library '.*none.so' does not exist: build it"):
+        choose(tmp_path / "none.so", units(library), CPU)
+    text = tmp_path / "text.so"
+    text.write_text("no library")
+    monkeypatch.setenv(VARIABLE, str(text))
+    with pytest.raises(UserError, match=r"text.so is not a library of native kernels"):
+        choose(None, units(library), CPU)
