@@ -24,6 +24,7 @@ from speed_session import CLOCKS, Point, Probe, open_session
 from speed_tables import print_all, print_setting
 
 from ir_convert.checkpoint import Checkpoint
+from ir_convert.export.onnx.ops import find
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -71,6 +72,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cache", choices=("auto", "concat", "in-place"), default="auto", help="of our own models")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: for one thread on a busy core")
     parser.add_argument("--genai", type=Path, help="where `pip install --no-deps --target` put onnxruntime-genai")
+    parser.add_argument(
+        "--native", action="store_true", help="time the native kernels too (python -m ir_convert.export.onnx.ops build)"
+    )
     parser.add_argument("--work", type=Path, help="folder for the models, kept; a temporary one by default")
     parser.add_argument("--json", type=Path, help="where results go, e.g. benchmarks/results/onnx-speed-NAME.json")
     parser.add_argument("--profile", action="store_true", help="also print which operators take the time")
@@ -112,6 +116,8 @@ def measure_model(
         plans = _plans(args, checkpoint, routing.units, routed, points, precision)
         for threads in args.threads:
             sessions = {"routed": open_session(routed, "cpu", threads)}
+            if args.native and precision == "fp32":  # int4 units have no kernels: they stay functions
+                sessions["native"] = open_session(routed, "cpu", threads, library=_library())
             sessions |= {which: open_session(path, "cpu", threads) for which, path in dense.items()}
             records = []
             for record in compare(sessions, checkpoint.config, plans, args.rounds, cache=args.cache, clock=args.clock):
@@ -129,6 +135,12 @@ def _plans(
 ) -> list[Any]:
     probe = Probe.open(routed, checkpoint.config, "cpu", max(args.threads))
     return plan(probe, units, points, args.sparsities, args.steps, precision)
+
+
+def _library() -> Path:
+    if (library := find()) is None:
+        raise SystemExit("no library of native kernels has been built: python -m ir_convert.export.onnx.ops build")
+    return library
 
 
 def _note(config: dict[str, Any], line: str) -> None:

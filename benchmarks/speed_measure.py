@@ -1,5 +1,6 @@
 """Measures a routed model against dense ones: thresholds that save what is asked, times in turn, and the ideal beside them."""
 
+import itertools
 import math
 import platform
 import statistics
@@ -25,6 +26,7 @@ from ir_convert.units import Units
 CLOSE, FAR = 0.004, 0.03  # a search for a threshold ends here; a worse result than the latter is refused
 TRIES = 10
 SAME = 0.004  # sparsity may differ by this between a plan and what is timed: a score beside the threshold, rounded otherwise
+ROUTED = ("routed", "native")  # by functions; by native kernels
 SPARSITIES = (0.0, 0.25, 0.4, 0.55)
 # Routed over dense, over the ideal of that; at sparsity 0, where every token executes, routed over dense itself.
 TARGETS = {("prefill", "fp32"): 1.05, ("prefill", "int4"): 1.05, ("decode", "fp32"): 1.10, ("decode", "int4"): 1.20}
@@ -160,7 +162,8 @@ def compare(
     """Times every plan; yields a record for each sparsity of each.
 
     Args:
-        sessions: ``routed``, and dense ones: ``own`` and perhaps ``genai``, which always writes its cache in place.
+        sessions: ``routed``, perhaps ``native`` (the same model with native kernels), and dense ones: ``own`` and perhaps
+            ``genai``, which always writes its cache in place.
         config: of the model.
         plans: from ``plan``.
         rounds: of times taken in turn.
@@ -179,21 +182,20 @@ def compare(
                 session, config, this.point, this.steps, None, in_place or name == "genai", device, clock, logits
             )
             for name, session in sessions.items()
-            if name != "routed"
+            if name not in ROUTED
         }
         dense = list(runners)
-        for row in this.chosen:
-            runners[f"routed {row['asked']:g}"] = Runner(
-                sessions["routed"], config, this.point, this.steps, row["threshold"], in_place, device, clock, logits
+        for row, which in itertools.product(this.chosen, [which for which in ROUTED if which in sessions]):
+            runners[f"{which} {row['asked']:g}"] = Runner(
+                sessions[which], config, this.point, this.steps, row["threshold"], in_place, device, clock, logits
             )
         times = time_in_turn(runners, rounds)
         fastest = min(dense, key=lambda name: statistics.median(times[name]))
         for row in this.chosen:
             name = f"routed {row['asked']:g}"
-            ratios = [ours / theirs for ours, theirs in zip(times[name], times[fastest], strict=True)]
+            ratio, quartiles = _ratio(times[name], times[fastest])
             if abs(runners[name].saved() - row["achieved"]) > SAME:
                 raise RuntimeError(f"{name} saved {runners[name].saved():.4f}; the plan was {row['achieved']:.4f}")
-            quarters = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else [ratios[0]] * 3
             yield {
                 "kind": this.point.kind,
                 "tokens": this.point.tokens,
@@ -206,9 +208,9 @@ def compare(
                 "dense": fastest,
                 "dense_ms": {other: 1e3 * statistics.median(times[other]) for other in dense},
                 "routed_ms": 1e3 * statistics.median(times[name]),
-                "ratio": statistics.median(ratios),
-                "ratio_quartiles": [quarters[0], quarters[2]],
-            }
+                "ratio": ratio,
+                "ratio_quartiles": quartiles,
+            } | _native(times, f"native {row['asked']:g}", name)
 
 
 def target(record: Mapping[str, Any]) -> tuple[float, float] | None:
@@ -237,3 +239,22 @@ def processor() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, list[float]]:
+    """Returns the median of the rounds' ratios, and their quartiles."""
+    ratios = [our / their for our, their in zip(ours, theirs, strict=True)]
+    quarters = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else [ratios[0]] * 3
+    return statistics.median(ratios), [quarters[0], quarters[2]]
+
+
+def _native(times: Mapping[str, Sequence[float]], native: str, functions: str) -> dict[str, Any]:
+    """Returns the native kernels' time, and over that of the functions; nothing where they were not timed."""
+    if native not in times:
+        return {}
+    ratio, quartiles = _ratio(times[native], times[functions])
+    return {
+        "native_ms": 1e3 * statistics.median(times[native]),
+        "native_to_functions": ratio,
+        "native_to_functions_quartiles": quartiles,
+    }

@@ -51,9 +51,17 @@ class Point:
         return f"{self.kind}, {size}, batch {self.batch}"
 
 
-def open_session(path: Path, device: str, threads: int, profile: Path | None = None) -> ort.InferenceSession:
-    """Opens a model: so many threads in an operator, one operator at a time, threads spin as they do by default."""
+def open_session(
+    path: Path, device: str, threads: int, profile: Path | None = None, library: Path | None = None
+) -> ort.InferenceSession:
+    """Opens a model: so many threads in an operator, one operator at a time, threads spin as they do by default.
+
+    Args:
+        library: of native kernels, which take over the units' functions.
+    """
     options = ort.SessionOptions()
+    if library is not None:
+        options.register_custom_ops_library(str(library))
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.log_severity_level = _ERRORS_ONLY

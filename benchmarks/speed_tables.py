@@ -8,6 +8,7 @@ from speed_measure import target
 from speed_session import Point
 
 HEADER = ("saved, asked", "achieved", "dense ms", "routed ms", "ratio", "quartiles", "ideal", "ratio/ideal", "target")
+NATIVE = ("native ms", "native/functions", "quartiles")
 DENSE = {"own": "our dense export", "genai": "onnxruntime-genai's builder"}
 
 
@@ -40,8 +41,9 @@ def print_setting(
 def print_point(where: Point, rows: list[Mapping[str, Any]]) -> None:
     times = ", ".join(f"{DENSE[name]} {ms:.2f} ms" for name, ms in rows[0]["dense_ms"].items())
     print(f"\n**{where}** (cache {rows[0]['cache']}; {times})\n")
-    cells = [HEADER, *(_cells(row) for row in rows)]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(HEADER))]
+    header = (*HEADER, *NATIVE) if "native_ms" in rows[0] else HEADER
+    cells = [header, *(_cells(row) for row in rows)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
     for index, line in enumerate(cells):
         print("| " + " | ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) + " |")
         if index == 0:
@@ -64,4 +66,12 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         f"{row['ideal']:.3f}",
         f"{row['ratio'] / row['ideal']:.3f}",
         verdict,
+        *_native_cells(row),
     )
+
+
+def _native_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    if "native_ms" not in row:
+        return ()
+    low, high = row["native_to_functions_quartiles"]
+    return f"{row['native_ms']:.2f}", f"{row['native_to_functions']:.3f}", f"{low:.3f}-{high:.3f}"

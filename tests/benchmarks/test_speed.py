@@ -107,6 +107,33 @@ def test_targets():
     assert target(row | {"kind": "prefill", "tokens": 511}) is None
 
 
+def test_native_kernels_beside_functions(capsys):
+    from speed_measure import _native
+    from speed_tables import print_point
+
+    times = {"routed 0.4": [0.002, 0.002, 0.004], "native 0.4": [0.001, 0.002, 0.001], "own": [0.004, 0.004, 0.004]}
+    assert _native(times, "native 0.3", "routed 0.4") == {}
+    native = _native(times, "native 0.4", "routed 0.4")
+    assert native == {
+        "native_ms": 1.0,
+        "native_to_functions": 0.5,
+        "native_to_functions_quartiles": [0.375, 0.75],
+    }
+    row = {"asked": 0.4, "achieved": 0.4, "kind": "decode", "precision": "fp32", "cache": "in-place", "tokens": 1}
+    row |= {"dense": "own", "dense_ms": {"own": 4.0}, "routed_ms": 2.0, "ratio": 0.5, "ratio_quartiles": [0.4, 0.6]}
+    print_point("decode", [row | {"ideal": 0.5} | native])
+    assert "native/functions" in (printed := capsys.readouterr().out)
+    assert "|      1.00 |            0.500 | 0.375-0.750 |" in printed
+
+
+def test_native_kernels_that_are_not_built(monkeypatch, tmp_path):
+    import onnx_speed
+
+    monkeypatch.setattr(onnx_speed, "find", lambda: None)
+    with pytest.raises(SystemExit, match="no library of native kernels has been built"):
+        onnx_speed.main(["--models", "tiny", "--precisions", "fp32", "--threads", "1", *POINTS, "--native"])
+
+
 def check_records(result: dict, overhead: float) -> None:
     """Every point has its rows, each of which saved what was asked and names the ideal of just that."""
     points = {(row["kind"], row["batch"]) for row in result["records"]}
