@@ -88,6 +88,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     args.decode, args.batches = _numbers(args.decode), _numbers(args.batches)
     args.sparsities = [float(part) for part in args.sparsities.split(",")]
     args.rounds = args.rounds or (5 if quick else 9)
+    args.library = _library() if args.native else None
     if args.clock == "cpu" and args.threads != [1]:
         parser.error("--clock cpu counts the time of all threads together: give --threads 1 with it")
     return args
@@ -116,8 +117,8 @@ def measure_model(
         plans = _plans(args, checkpoint, routing.units, routed, points, precision)
         for threads in args.threads:
             sessions = {"routed": open_session(routed, "cpu", threads)}
-            if args.native and precision == "fp32":  # int4 units have no kernels: they stay functions
-                sessions["native"] = open_session(routed, "cpu", threads, library=_library())
+            if args.library and precision == "fp32":  # int4 units have no kernels: they stay functions
+                sessions["native"] = open_session(routed, "cpu", threads, library=args.library)
             sessions |= {which: open_session(path, "cpu", threads) for which, path in dense.items()}
             records = []
             for record in compare(sessions, checkpoint.config, plans, args.rounds, cache=args.cache, clock=args.clock):

@@ -29,9 +29,8 @@ from .body import (
 
 QUERIES, KEYS = "num_heads", "kv_num_heads"  # the attributes that count heads
 
-Trace = Callable[
-    [OpBuilder], Sequence[ir.Value]
-]  # -> attended [B, W, H D] or [1, n, H D], and the whole cache's keys and values
+# -> attended [B, W, H D] or [1, n, H D], and the whole cache's keys and values
+Trace = Callable[[OpBuilder], Sequence[ir.Value]]
 Attend = Callable[[OpBuilder, ir.Value, ir.Value, ir.Value | None], ir.Value]
 
 

@@ -46,20 +46,8 @@ MLP_INPUTS = (
 )
 MOE_INPUTS = ("h", "forecast", "execute", "gate_weight", "gate_up_weight", "down_weight", "post_norm")
 ATTENTION_INPUTS = (
-    *(
-        "h",
-        "forecast",
-        "execute",
-        "cos",
-        "sin",
-        "mask",
-        "step_bias",
-        "start",
-        "total",
-        "step",
-        "past_key",
-        "past_value",
-    ),
+    *("h", "forecast", "execute", "cos", "sin", "mask", "step_bias", "start", "total", "step"),
+    *("past_key", "past_value"),
     *("q_weight", "k_weight", "v_weight", "o_weight", "q_bias", "k_bias", "v_bias", "o_bias", "q_norm", "k_norm"),
     "post_norm",
 )

@@ -69,9 +69,8 @@ def test_approximated_tokens_skip_the_products(exported, tmp_path, threshold):
 
     rows: Counter[int] = Counter()
     for shape in product_shapes(model, batch, threshold, tmp_path):
-        if shape[:-1] != list(
-            batch.ids.shape
-        ):  # [n, width] or [1, n, width]; K and V run for every token: [B, S, width]
+        # [n, width] or [1, n, width]; K and V run for every token: [B, S, width].
+        if shape[:-1] != list(batch.ids.shape):
             rows[shape[-1]] += math.prod(shape[:-1])
 
     executed = dict.fromkeys(("attention", "mlp"), 0)
