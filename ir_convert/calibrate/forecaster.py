@@ -139,10 +139,12 @@ def train_activation(
     scale = sample.mean(y.square().mean(1)).sqrt().clamp(min=1e-12)
     parameters = [start.down, start.down_bias, start.up / scale, start.bias / scale]
     parameters = [parameter.clone().requires_grad_() for parameter in parameters]
-    optimizer = torch.optim.Adam(parameters, lr=LR, betas=(0.9, 0.98))
+    optimizer = torch.optim.Adam(parameters, lr=LR, betas=(0.9, 0.98), fused=True)
 
     def losses(rows: Tensor) -> Tensor:
-        return ((Forecaster(*parameters)(h[rows]) - y[rows] / scale) ** 2).sum(1) * weight[rows]
+        # index_select: several times as fast as h[rows] on a CPU.
+        error = Forecaster(*parameters)(h.index_select(0, rows)) - y.index_select(0, rows) / scale
+        return (error**2).sum(1) * weight[rows]
 
     descend(optimizer, losses, steps=steps, batch=BATCH, warm_up=0.1, generator=generator, sample=sample)
     return _solve_second_layer(parameters[0].detach(), parameters[1].detach(), h, y, weight, sample.team)

@@ -50,10 +50,11 @@ def fit_router(h: Tensor, cost: Tensor, width: int, share: float, seed: int, sam
         return Router(raw, b1 - raw @ mean, w2, b2)
 
     groups = [{"params": [w1, w2], "weight_decay": DECAY}, {"params": [b1, b2], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=LR)
+    optimizer = torch.optim.AdamW(groups, lr=LR, fused=True)
 
     def losses(rows: Tensor) -> Tensor:
-        z = folded()(h[rows])
+        # index_select: several times as fast as h[rows] on a CPU.
+        z = folded()(h.index_select(0, rows))
         return cost[rows] * torch.exp(-z) + z
 
     descend(optimizer, losses, steps=STEPS, batch=BATCH, warm_up=0.3, generator=generator, sample=sample)

@@ -85,5 +85,11 @@ def routed_unit(
     if routed is None:
         return x + layer.contribution(unit, x), None
     execute = routed.execute(h, threshold)
-    output = layer.contribution(unit, x, execute if kv_cache == "strict" and unit == "attention" else None)
-    return x + merge(execute, output, routed.forecaster(h)), execute
+    if unit == "attention":
+        output = layer.contribution(unit, x, execute if kv_cache == "strict" else None)
+        return x + merge(execute, output, routed.forecaster(h)), execute
+    # An MLP sees one token at a time: those that skip it need not be there.
+    added = routed.forecaster(h)
+    if execute.any():
+        added[execute] = layer.contribution(unit, x[execute].unsqueeze(0)).squeeze(0)
+    return x + added, execute
