@@ -117,7 +117,7 @@ def measure_model(
         plans = _plans(args, checkpoint, routing.units, routed, points, precision)
         for threads in args.threads:
             sessions = {"routed": open_session(routed, "cpu", threads)}
-            if args.library and precision == "fp32":  # int4 units have no kernels: they stay functions
+            if args.library:  # int4 units have no kernels, only their decisions
                 sessions["native"] = open_session(routed, "cpu", threads, library=args.library)
             sessions |= {which: open_session(path, "cpu", threads) for which, path in dense.items()}
             records = []

@@ -19,27 +19,45 @@ def choose(library: str | Path | bool | None, model: Model, providers: Sequence[
         providers: execution providers, best first.
 
     Raises:
-        UserError: the library that is wanted does not exist, or the one that has been built is damaged.
+        UserError: the library that is wanted does not exist or cannot run the model, or one is damaged.
     """
     if library is False:
         return None
     if isinstance(library, str | Path):
-        if not Path(library).is_file():
+        wanted = Path(library)
+        if not wanted.is_file():
             raise UserError(
                 f"library '{library}' does not exist: build it (python -m ir_convert.export.onnx.ops build)"
             )
-        return Path(library)
+        if missing := lacking(wanted, model, providers):
+            raise UserError(f"library '{library}' has no {missing}: leave it out, and the model's own functions run")
+        return wanted
     found = find()
     return found if found is not None and usable(found, model, providers) else None
 
 
 def usable(library: Path, model: Model, providers: Sequence[str]) -> bool:
-    """Tells whether a library can run a model's units, as the model's version of them was and on its device.
+    """Tells whether a library can run some of a model's functions, and all of those that it has a name for."""
+    return bool(_taken(library, model)) and lacking(library, model, providers) is None
+
+
+def lacking(library: Path, model: Model, providers: Sequence[str]) -> str | None:
+    """Returns what a library would have to have to run a model, in words; None if it lacks nothing.
 
     Once a library is registered, ONNX Runtime runs no function whose name the library has, be it for another device or type.
     A name that it lacks altogether, such as a mixture's of experts, stays a function.
     """
     table = supported(library)
-    known = {name for _, name, _ in table}
-    units = {name: inputs for (domain, name), inputs in model.functions.items() if domain == DOMAIN and name in known}
-    return bool(units) and all(table.get((providers[0], name, model.dtype)) == inputs for name, inputs in units.items())
+    for name, inputs in _taken(library, model).items():
+        kernel = f"kernel of {name} for {model.dtype} on {providers[0]}"
+        if (known := table.get((providers[0], name, model.dtype))) is None:
+            return kernel
+        if known != inputs:
+            return f"{kernel} with the inputs that this model has: they are of another version"
+    return None
+
+
+def _taken(library: Path, model: Model) -> dict[str, tuple[str, ...]]:
+    """Returns the model's functions that a library has a name for, with their inputs."""
+    names = {name for _, name, _ in supported(library)}
+    return {name: inputs for (domain, name), inputs in model.functions.items() if domain == DOMAIN and name in names}

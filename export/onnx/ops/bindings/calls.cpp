@@ -41,6 +41,37 @@ void expect_rank(const char* name, const Tensor& tensor, size_t rank) {
 
 }  // namespace
 
+DecideCall::DecideCall(const Op& op, const Context& context) {
+  Reader reader(op, context);
+  h = reader.next(), threshold = reader.next();
+  down_weight = reader.next(), down_bias = reader.next(), up_weight = reader.next(), up_bias = reader.next();
+  hidden_weight = reader.next(), hidden_bias = reader.next(), out_weight = reader.next(), out_bias = reader.next();
+
+  expect_rank("h", h, 3);
+  expect_rank("hidden_weight", hidden_weight, 2);
+  if (down_weight.present) expect_rank("down_weight", down_weight, 2);
+  if (down_weight.present != down_bias.present || down_weight.present != up_weight.present)
+    throw Error("of down_weight, down_bias and up_weight there must be all or none");
+  batch = h.shape[0], sequence = h.shape[1], width = h.shape[2];
+  rank = down_weight.present ? down_weight.shape[1] : 0, hidden = hidden_weight.shape[1];
+  expect("threshold", threshold, {batch, sequence});
+  expect("down_weight", down_weight, {width, rank});
+  expect("down_bias", down_bias, {rank});
+  expect("up_weight", up_weight, {rank, width});
+  expect("up_bias", up_bias, {width});
+  expect("hidden_weight", hidden_weight, {width, hidden});
+  expect("hidden_bias", hidden_bias, {hidden});
+  expect("out_weight", out_weight, {hidden});
+  expect("out_bias", out_bias, {1});
+}
+
+MlpSetting::MlpSetting(const Info& info)
+    : epsilon(info.attribute("epsilon", 1e-5F)), residual_multiplier(info.attribute("residual_multiplier", 1.0F)) {
+  const std::string activation = info.attribute("activation", "silu");
+  gelu = activation == "gelu_pytorch_tanh";
+  if (!gelu && activation != "silu") throw Error("activation '" + activation + "' is not supported", abi::kNotImplemented);
+}
+
 MlpCall::MlpCall(const Op& op, const Context& context) {
   Reader reader(op, context);
   h = reader.next();

@@ -5,6 +5,22 @@
 
 namespace ir {
 
+struct DecideCall {
+  Tensor h, threshold, down_weight, down_bias, up_weight, up_bias;  // without a forecaster, up_bias alone is the forecast
+  Tensor hidden_weight, hidden_bias, out_weight, out_bias;
+  int64_t batch, sequence, width, rank, hidden;  // h is [batch, sequence, width]
+
+  DecideCall(const Op& op, const Context& context);
+};
+
+// The attributes of an MLP.
+struct MlpSetting {
+  bool gelu;  // its tanh form; or else silu
+  float epsilon, residual_multiplier;
+
+  explicit MlpSetting(const Info& info);
+};
+
 struct MlpCall {
   Tensor h, forecast, execute;  // the latter two are absent in a plain unit
   Tensor gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias, post_norm;

@@ -57,15 +57,28 @@ cpu::Weight<T> Weights<T>::operator()(size_t index, const Tensor& tensor) const 
 }
 
 template <typename T>
-CpuMlp<T>::CpuMlp(const Op& op, const Info& info)
-    : op_(op),
-      epsilon_(info.attribute("epsilon", 1e-5F)),
-      multiplier_(info.attribute("residual_multiplier", 1.0F)),
-      weights_(op, info, {"gate_weight", "up_weight", "down_weight"}) {
-  const std::string activation = info.attribute("activation", "silu");
-  gelu_ = activation == "gelu_pytorch_tanh";
-  if (!gelu_ && activation != "silu") throw Error("activation '" + activation + "' is not supported", abi::kNotImplemented);
+CpuDecide<T>::CpuDecide(const Op& op, const Info& info)
+    : op_(op), forecaster_(op, info, {"down_weight", "up_weight"}), router_(op, info, {"hidden_weight"}) {}
+
+template <typename T>
+void CpuDecide<T>::compute(const Context& context) const {
+  const DecideCall call(op_, context);
+  const Tensor forecast = context.output(0, {call.batch, call.sequence, call.width});
+  const Tensor execute = context.output(1, {call.batch, call.sequence}), score = context.output(2, {call.batch, call.sequence});
+  cpu::Decide<T> unit{};
+  unit.tokens = call.batch * call.sequence, unit.width = call.width, unit.rank = call.rank, unit.hidden = call.hidden;
+  unit.h = call.h.as<T>(), unit.threshold = call.threshold.as<float>();
+  if (call.rank > 0) unit.down = forecaster_(0, call.down_weight), unit.up = forecaster_(1, call.up_weight);
+  unit.down_bias = call.down_bias.as<T>(), unit.up_bias = call.up_bias.as<T>();
+  unit.router = router_(0, call.hidden_weight), unit.hidden_bias = call.hidden_bias.as<float>();
+  unit.out_weight = call.out_weight.as<float>(), unit.out_bias = call.out_bias.as<float>();
+  unit.forecast = forecast.as<T>(), unit.execute = execute.as<bool>(), unit.score = score.as<float>();
+  best<T>().decide(unit, threads(context));
 }
+
+template <typename T>
+CpuMlp<T>::CpuMlp(const Op& op, const Info& info)
+    : op_(op), setting_(info), weights_(op, info, {"gate_weight", "up_weight", "down_weight"}) {}
 
 template <typename T>
 void CpuMlp<T>::compute(const Context& context) const {
@@ -76,8 +89,9 @@ void CpuMlp<T>::compute(const Context& context) const {
   unit.h = call.h.as<T>(), unit.execute = call.execute.as<bool>();
   unit.gate = weights_(0, call.gate_weight), unit.up = weights_(1, call.up_weight), unit.down = weights_(2, call.down_weight);
   unit.gate_bias = call.gate_bias.as<T>(), unit.up_bias = call.up_bias.as<T>();
-  unit.gelu = gelu_;
-  unit.contribution = contribution<T>(call.down_bias, call.post_norm, epsilon_, multiplier_, call.forecast, output);
+  unit.gelu = setting_.gelu;
+  unit.contribution = contribution<T>(call.down_bias, call.post_norm, setting_.epsilon, setting_.residual_multiplier,
+                                      call.forecast, output);
   best<T>().mlp(unit, threads(context));
 }
 
@@ -113,6 +127,8 @@ void CpuAttention<T>::compute(const Context& context) const {
   best<T>().attention(unit, threads(context));
 }
 
+template class CpuDecide<float>;
+template class CpuDecide<Half>;
 template class CpuMlp<float>;
 template class CpuMlp<Half>;
 template class CpuAttention<float>;

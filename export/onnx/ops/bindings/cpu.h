@@ -23,6 +23,18 @@ class Weights {
 };
 
 template <typename T>
+class CpuDecide : public Kernel {
+ public:
+  CpuDecide(const Op& op, const Info& info);
+  void compute(const Context& context) const override;
+
+ private:
+  const Op& op_;
+  Weights<T> forecaster_;
+  Weights<float> router_;
+};
+
+template <typename T>
 class CpuMlp : public Kernel {
  public:
   CpuMlp(const Op& op, const Info& info);
@@ -30,8 +42,7 @@ class CpuMlp : public Kernel {
 
  private:
   const Op& op_;
-  bool gelu_;
-  float epsilon_, multiplier_;
+  MlpSetting setting_;
   Weights<T> weights_;
 };
 

@@ -6,21 +6,30 @@
 namespace ir {
 
 template <int kElement>
-class CudaMlp : public Kernel {
+class CudaDecide : public Kernel {
  public:
-  CudaMlp(const Op& op, const Info& info);
+  CudaDecide(const Op& op, const Info&) : op_(op) {}
   void compute(const Context& context) const override;
 
  private:
   const Op& op_;
-  bool gelu_;
-  float epsilon_, multiplier_;
+};
+
+template <int kElement>
+class CudaMlp : public Kernel {
+ public:
+  CudaMlp(const Op& op, const Info& info) : op_(op), setting_(info) {}
+  void compute(const Context& context) const override;
+
+ private:
+  const Op& op_;
+  MlpSetting setting_;
 };
 
 template <int kElement>
 class CudaAttention : public Kernel {
  public:
-  CudaAttention(const Op& op, const Info& info);
+  CudaAttention(const Op& op, const Info& info) : op_(op), setting_(info) {}
   void compute(const Context& context) const override;
 
  private:
@@ -29,9 +38,8 @@ class CudaAttention : public Kernel {
 };
 
 // Lines of the registration table.
-#define IR_CUDA_UNITS                                                                    \
-  IR_UNITS(abi::kFloat, kCuda, CudaMlp<abi::kFloat>, CudaAttention<abi::kFloat>),        \
-      IR_UNITS(abi::kFloat16, kCuda, CudaMlp<abi::kFloat16>, CudaAttention<abi::kFloat16>), \
-      IR_UNITS(abi::kBFloat16, kCuda, CudaMlp<abi::kBFloat16>, CudaAttention<abi::kBFloat16>),
+#define IR_CUDA_TYPE(element) \
+  IR_UNITS(element, kCuda, CudaDecide<element>, CudaMlp<element>, CudaAttention<element>),
+#define IR_CUDA_UNITS IR_CUDA_TYPE(abi::kFloat) IR_CUDA_TYPE(abi::kFloat16) IR_CUDA_TYPE(abi::kBFloat16)
 
 }  // namespace ir

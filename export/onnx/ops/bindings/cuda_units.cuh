@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../kernels/cuda/attention.cuh"
+#include "../kernels/cuda/decide.cuh"
 #include "../kernels/cuda/mlp.cuh"
 #include "cuda.h"
 #include "cuda_memory.cuh"
@@ -36,11 +37,23 @@ inline int narrow(int64_t size) {
 }
 
 template <int kElement>
-CudaMlp<kElement>::CudaMlp(const Op& op, const Info& info)
-    : op_(op), epsilon_(info.attribute("epsilon", 1e-5F)), multiplier_(info.attribute("residual_multiplier", 1.0F)) {
-  const std::string activation = info.attribute("activation", "silu");
-  gelu_ = activation == "gelu_pytorch_tanh";
-  if (!gelu_ && activation != "silu") throw Error("activation '" + activation + "' is not supported", abi::kNotImplemented);
+void CudaDecide<kElement>::compute(const Context& context) const {
+  using T = CudaFloat<kElement>;
+  const DecideCall call(op_, context);
+  const Tensor forecast = context.output(0, {call.batch, call.sequence, call.width});
+  const Tensor execute = context.output(1, {call.batch, call.sequence}), score = context.output(2, {call.batch, call.sequence});
+  cuda::Decide<T> unit{};
+  unit.tokens = narrow(call.batch * call.sequence), unit.width = narrow(call.width);
+  unit.rank = narrow(call.rank), unit.hidden = narrow(call.hidden);
+  unit.h = call.h.as<T>(), unit.threshold = call.threshold.as<float>();
+  unit.down_weight = call.down_weight.as<T>(), unit.down_bias = call.down_bias.as<T>();
+  unit.up_weight = call.up_weight.as<T>(), unit.up_bias = call.up_bias.as<T>();
+  unit.hidden_weight = call.hidden_weight.as<float>(), unit.hidden_bias = call.hidden_bias.as<float>();
+  unit.out_weight = call.out_weight.as<float>(), unit.out_bias = call.out_bias.as<float>();
+  unit.forecast = forecast.as<T>(), unit.execute = execute.as<bool>(), unit.score = score.as<float>();
+  if (unit.tokens == 0) return;
+  on_stream(context, "h " + call.h.text() + ", hidden_weight " + call.hidden_weight.text(),
+            [&](const cuda::Device& device) { cuda::decide(device, unit); });
 }
 
 template <int kElement>
@@ -56,16 +69,13 @@ void CudaMlp<kElement>::compute(const Context& context) const {
   unit.gate_weight = call.gate_weight.as<T>(), unit.up_weight = call.up_weight.as<T>();
   unit.down_weight = call.down_weight.as<T>();
   unit.gate_bias = call.gate_bias.as<T>(), unit.up_bias = call.up_bias.as<T>(), unit.down_bias = call.down_bias.as<T>();
-  unit.activation = gelu_ ? cuda::Activation::kGeluTanh : cuda::Activation::kSilu;
-  unit.contribution = {call.post_norm.as<T>(), epsilon_, multiplier_};
+  unit.activation = setting_.gelu ? cuda::Activation::kGeluTanh : cuda::Activation::kSilu;
+  unit.contribution = {call.post_norm.as<T>(), setting_.epsilon, setting_.residual_multiplier};
   unit.output = output.as<T>();
   if (output.size() == 0) return;
   on_stream(context, "h " + call.h.text() + ", gate_weight " + call.gate_weight.text(),
             [&](const cuda::Device& device) { cuda::mlp(device, unit); });
 }
-
-template <int kElement>
-CudaAttention<kElement>::CudaAttention(const Op& op, const Info& info) : op_(op), setting_(info) {}
 
 template <int kElement>
 void CudaAttention<kElement>::compute(const Context& context) const {

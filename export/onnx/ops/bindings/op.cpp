@@ -27,6 +27,15 @@ OrtStatus* guarded(const Op& op, F&& f) {
   }
 }
 
+int element_of(Type type, const Op& op) {
+  switch (type) {
+    case Type::kFloat: return abi::kFloat;
+    case Type::kBool: return abi::kBool;
+    case Type::kInt32: return abi::kInt32;
+    default: return op.element;
+  }
+}
+
 // A routed unit's output is its forecast where nothing executes, so it may take over the forecast's memory.
 int kForecast[] = {1};
 int kOutput[] = {0};
@@ -57,11 +66,7 @@ Op::Op(const Signature& signature, int element, const char* provider, Make make)
   GetExecutionProviderType = [](const abi::CustomOp* op) { return self(op).provider; };
   GetInputTypeCount = [](const abi::CustomOp* op) { return self(op).signature.input_count; };
   GetInputType = [](const abi::CustomOp* op, size_t i) -> int {
-    switch (self(op).signature.inputs[i].type) {
-      case Type::kBool: return abi::kBool;
-      case Type::kInt32: return abi::kInt32;
-      default: return self(op).element;
-    }
+    return element_of(self(op).signature.inputs[i].type, self(op));
   };
   GetInputCharacteristic = [](const abi::CustomOp* op, size_t i) -> int {
     return self(op).signature.inputs[i].optional ? abi::kOptional : abi::kRequired;
@@ -70,7 +75,7 @@ Op::Op(const Signature& signature, int element, const char* provider, Make make)
     return self(op).signature.inputs[i].host ? abi::kCpuInput : abi::kDefault;
   };
   GetOutputTypeCount = [](const abi::CustomOp* op) { return self(op).signature.output_count; };
-  GetOutputType = [](const abi::CustomOp* op, size_t) { return self(op).element; };
+  GetOutputType = [](const abi::CustomOp* op, size_t i) { return element_of(self(op).signature.outputs[i], self(op)); };
   GetOutputCharacteristic = [](const abi::CustomOp*, size_t) -> int { return abi::kRequired; };
   GetVariadicInputMinArity = GetVariadicOutputMinArity = [](const abi::CustomOp*) { return 1; };
   GetVariadicInputHomogeneity = GetVariadicOutputHomogeneity = [](const abi::CustomOp*) { return 1; };

@@ -7,8 +7,8 @@
 
 namespace ir {
 
-// The types of inputs: F is the operator's own float type.
-enum class Type { kF, kBool, kInt32 };
+// The types of inputs and outputs: F is the operator's own float type.
+enum class Type { kF, kFloat, kBool, kInt32 };
 
 struct Input {
   const char* name;
@@ -17,11 +17,14 @@ struct Input {
   bool host = false;  // small, and wanted in the CPU's memory by every provider
 };
 
-// A function of functions.py: its name, and its inputs and outputs in order. All outputs are F.
+// A function of functions.py: its name, and its inputs and outputs in order.
 struct Signature {
+  static constexpr size_t kMaxOutputs = 3;
+
   const char* name;
   const Input* inputs;
   size_t input_count;
+  Type outputs[kMaxOutputs];
   size_t output_count;
   bool routed;  // has inputs forecast, at 1, and execute
 

@@ -14,14 +14,15 @@ const abi::Api* g_api = nullptr;
 // All operators. Once ONNX Runtime knows a name in a domain, it runs no function of that name: what is missing here for a
 // provider or a type does not run at all.
 const Op kTable[] = {
-#define IR_UNITS(element, provider, mlp, attention)                  \
-  {kRoutedMlp, element, provider, make<mlp>},                        \
+#define IR_UNITS(element, provider, decide, mlp, attention)          \
+  {kDecide, element, provider, make<decide>},                        \
+      {kRoutedMlp, element, provider, make<mlp>},                        \
       {kDenseMlp, element, provider, make<mlp>},                     \
       {kRoutedAttention, element, provider, make<attention>},        \
       {kRoutedAttentionStrict, element, provider, make<attention>},  \
       {kDenseAttention, element, provider, make<attention>}
-    IR_UNITS(abi::kFloat, kCpu, CpuMlp<float>, CpuAttention<float>),
-    IR_UNITS(abi::kFloat16, kCpu, CpuMlp<Half>, CpuAttention<Half>),
+    IR_UNITS(abi::kFloat, kCpu, CpuDecide<float>, CpuMlp<float>, CpuAttention<float>),
+    IR_UNITS(abi::kFloat16, kCpu, CpuDecide<Half>, CpuMlp<Half>, CpuAttention<Half>),
 #ifdef IR_CUDA
     IR_CUDA_UNITS  // as above; cuda.h defines it
 #endif

@@ -22,18 +22,24 @@ constexpr bool kOptional = true;
       {"o_bias", kF, kOptional}, {"q_norm", kF, kOptional}, {"k_norm", kF, kOptional},            \
       {"post_norm", kF, kOptional}
 
+constexpr Input kDecideInputs[] = {
+    {"h"}, {"threshold", Type::kFloat}, {"down_weight", kF, kOptional}, {"down_bias", kF, kOptional},
+    {"up_weight", kF, kOptional}, {"up_bias"}, {"hidden_weight", Type::kFloat}, {"hidden_bias", Type::kFloat},
+    {"out_weight", Type::kFloat}, {"out_bias", Type::kFloat}};
 constexpr Input kRoutedMlpInputs[] = {{"h"}, IR_ROUTING, IR_MLP};
 constexpr Input kDenseMlpInputs[] = {{"h"}, IR_MLP};
 constexpr Input kRoutedAttentionInputs[] = {{"h"}, IR_ROUTING, IR_ATTENTION};
 constexpr Input kDenseAttentionInputs[] = {{"h"}, IR_ATTENTION};
 
+// A unit's outputs: what it gives, and attention's caches as well.
 template <size_t N>
 constexpr Signature signature(const char* name, const Input (&inputs)[N], size_t outputs, bool routed) {
-  return {name, inputs, N, outputs, routed};
+  return {name, inputs, N, {kF, kF, kF}, outputs, routed};
 }
 
 }  // namespace
 
+constexpr Signature kDecide = {"Decide", kDecideInputs, std::size(kDecideInputs), {kF, Type::kBool, Type::kFloat}, 3, false};
 constexpr Signature kRoutedMlp = signature("RoutedMLP", kRoutedMlpInputs, 1, true);
 constexpr Signature kDenseMlp = signature("DenseMLP", kDenseMlpInputs, 1, false);
 constexpr Signature kRoutedAttention = signature("RoutedAttention", kRoutedAttentionInputs, 3, true);

@@ -5,6 +5,6 @@
 
 namespace ir {
 
-extern const Signature kRoutedMlp, kDenseMlp, kRoutedAttention, kRoutedAttentionStrict, kDenseAttention;
+extern const Signature kDecide, kRoutedMlp, kDenseMlp, kRoutedAttention, kRoutedAttentionStrict, kDenseAttention;
 
 }  // namespace ir

@@ -26,6 +26,14 @@ class Contribution(Structure):
     _fields_ = _fields(c_void_p, "post_norm") + _fields(c_float, "epsilon multiplier")
 
 
+class Decide(Structure):
+    _fields_ = [
+        *_fields(c_int, "tokens width rank hidden"),
+        *_fields(c_void_p, "h threshold down_weight down_bias up_weight up_bias"),
+        *_fields(c_void_p, "hidden_weight hidden_bias out_weight out_bias forecast execute score"),
+    ]
+
+
 class Mlp(Structure):
     _fields_ = [
         *_fields(c_int, "batch sequence width hidden"),
@@ -92,7 +100,7 @@ class Emulator:
 
     def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library))
-        for name, call in (("mlp", Mlp), ("attention", Attention)):
+        for name, call in (("decide", Decide), ("mlp", Mlp), ("attention", Attention)):
             run, size = (getattr(self._library, f"emulate_{name}{part}") for part in ("", "_bytes"))
             run.argtypes, run.restype = (c_int, c_int, c_int, POINTER(call)), c_char_p
             size.restype = c_size_t
@@ -108,32 +116,42 @@ class Emulator:
             in_place: whether a past with room is the present too.
         """
         inputs = {name: np.ascontiguousarray(x) for name, x in unit.inputs.items()}
-        output = np.full_like(inputs["h"], np.nan)
-        outputs = [output]
-        contribution = Contribution(
-            _address(inputs.get("post_norm")), unit.attributes["epsilon"], unit.attributes["residual_multiplier"]
-        )
+        outputs = unit.poisoned()
         batch, sequence, width = inputs["h"].shape
         sizes = {"batch": batch, "sequence": sequence, "width": width}
-        call = Mlp(**sizes) if unit.function.endswith("MLP") else Attention(**sizes)
+        if unit.function == "Decide":
+            rank, hidden = len(inputs.get("down_bias", ())), len(inputs["hidden_bias"])
+            call, run = Decide(batch * sequence, width, rank, hidden), self._library.emulate_decide
+        elif unit.function.endswith("MLP"):
+            call, run = Mlp(**sizes), self._library.emulate_mlp
+        else:
+            call, run = Attention(**sizes), self._library.emulate_attention
         for name, x in inputs.items():
             if hasattr(call, name):
                 setattr(call, name, _address(x))
-        call.contribution, call.output = contribution, _address(output)
+        if isinstance(call, Decide):
+            call.forecast, call.execute, call.score = map(_address, outputs)
+        else:
+            self._contributing(call, unit, inputs, outputs[0])
         if isinstance(call, Mlp):
             call.hidden = inputs["gate_weight"].shape[1]
             call.activation = ("silu", "gelu_pytorch_tanh").index(unit.attributes["activation"])
-            run = self._library.emulate_mlp
-        else:
-            outputs += self._attention(call, unit, inputs, in_place)
-            run = self._library.emulate_attention
+        if isinstance(call, Attention):
+            outputs[1:] = self._attention(call, unit, inputs, in_place, outputs[1:])
         failed = run(TYPES[unit.dtype], multiprocessors, ORDERS.index(order), byref(call))
         if failed is not None:
             raise RuntimeError(failed.decode())
         return outputs
 
-    def _attention(self, call: Attention, unit: Unit, inputs: dict[str, NDArray], in_place: bool) -> list[NDArray]:
-        """Fills in the call; returns the present."""
+    def _contributing(self, call: Mlp | Attention, unit: Unit, inputs: dict[str, NDArray], output: NDArray) -> None:
+        attributes, norm = unit.attributes, _address(inputs.get("post_norm"))
+        call.contribution = Contribution(norm, attributes["epsilon"], attributes["residual_multiplier"])
+        call.output = _address(output)
+
+    def _attention(
+        self, call: Attention, unit: Unit, inputs: dict[str, NDArray], in_place: bool, present: list[NDArray]
+    ) -> list[NDArray]:
+        """Fills in the call; returns the present, which is the one given where it is apart from the past."""
         attributes, past = unit.attributes, inputs["past_key"].shape
         call.total, call.past_slots = unit.total, past[2]
         call.shape = HeadShape(attributes["num_heads"], attributes["kv_num_heads"], attributes["head_dim"])
@@ -148,9 +166,6 @@ class Emulator:
             if present[0] is unit.inputs["past_key"]:
                 present = [x.copy() for x in present]
             call.past_key, call.past_value = map(_address, present)
-        else:
-            slots = max(past[2], unit.total)
-            present = [np.full((*past[:2], slots, past[3]), np.nan, unit.dtype) for _ in range(2)]
         call.cache = Cache(*map(_address, present), present[0].shape[2], _address(inputs["start"]))
         return present
 

@@ -3,12 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort
 from numpy.typing import NDArray
 from onnxscript import GraphBuilder
 
@@ -17,9 +16,11 @@ from ir_convert.export.onnx.body import Features
 from ir_convert.export.onnx.functions import DOMAIN, OPSETS, VERSION
 
 TYPES = {np.dtype(np.float32): ir.DataType.FLOAT, np.dtype(np.float16): ir.DataType.FLOAT16}
+TYPES |= {np.dtype(ml_dtypes.bfloat16): ir.DataType.BFLOAT16}
 TYPES |= {np.dtype(np.bool_): ir.DataType.BOOL, np.dtype(np.int32): ir.DataType.INT32}
 # How far from float64 a result may be, as a share of the largest value.
 TOLERANCE = {np.dtype(np.float32): 1e-5, np.dtype(np.float16): 2e-3}
+TOLERANCE[np.dtype(ml_dtypes.bfloat16)] = 1.6e-2
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Unit:
     def definition(self) -> ir.Function:
         optional = [name for name in self.inputs if name.endswith(("_bias", "_norm")) and name != "step_bias"]
         dtype, routed = TYPES[self.dtype], "execute" in self.inputs
+        if self.function == "Decide":
+            return functions.decide("down_weight" in self.inputs, dtype)
         scaled = self.attributes["residual_multiplier"] != 1
         if self.function.endswith("MLP"):
             features = Features(self.attributes["activation"], scaled=scaled)
@@ -69,8 +72,9 @@ class Unit:
                 values[name] = builder.initializer(ir.tensor(array, name=name), name)
             else:
                 values[name] = builder.input(name, kind, [None] * array.ndim)
+        kinds = {"execute": ir.DataType.BOOL, "score": ir.DataType.FLOAT}
         outputs = [
-            ir.Value(name=value.name, type=ir.TensorType(dtype or TYPES[self.dtype]))
+            ir.Value(name=value.name, type=ir.TensorType(kinds.get(str(value.name), dtype or TYPES[self.dtype])))
             for value in self.definition.outputs
         ]
         arguments = [values.get(str(value.name)) for value in self.definition.inputs]
@@ -79,30 +83,23 @@ class Unit:
         model = ir.Model(graph, ir_version=11, functions=[self.definition])
         return ir.serde.serialize_model(model).SerializeToString()
 
-    def run(self, library: Path | None, constant: bool = False, threads: int = 1) -> list[NDArray]:
-        """Runs it in ONNX Runtime, every output full of NaN before; a past with room is bound as present too."""
-        options = ort.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = threads, 4
-        if library is not None:
-            options.register_custom_ops_library(str(library))
-        session = ort.InferenceSession(self.model(constant), options, providers=["CPUExecutionProvider"])
-        binding, given = session.io_binding(), {value.name for value in session.get_inputs()}
-        buffers = {name: ort.OrtValue.ortvalue_from_numpy(x.copy()) for name, x in self.inputs.items() if name in given}
-        for name, buffer in buffers.items():
-            binding.bind_ortvalue_input(name, buffer)
-        outputs = []
-        for value, name in zip(session.get_outputs(), ("output", "past_key", "past_value"), strict=False):
-            if name == "output":
-                buffer = _poisoned(self.inputs["h"].shape, self.dtype)
-            elif self.in_place:
-                buffer = buffers[name]
-            else:
-                batch, heads, _, width = self.inputs[name].shape
-                buffer = _poisoned((batch, heads, self.total, width), self.dtype)
-            binding.bind_ortvalue_output(value.name, buffer)
-            outputs.append(buffer)
-        session.run_with_iobinding(binding)
-        return [output.numpy().copy() for output in outputs]
+    def pasts(self) -> tuple[str, ...]:
+        """Returns which input's next state each output is, if any's."""
+        if self.function == "Decide":
+            return ("", "", "")
+        return ("",) if self.function.endswith("MLP") else ("", "past_key", "past_value")
+
+    def poisoned(self) -> list[NDArray]:
+        """Returns memory for the outputs, full of what they must not be: NaN, or the other decision."""
+        output = np.full(self.inputs["h"].shape, np.nan, self.dtype)
+        if self.function == "Decide":
+            _, execute, _ = self.expected()
+            return [output, ~execute, np.full(execute.shape, np.nan, np.float32)]
+        caches = []
+        for name in filter(None, self.pasts()):
+            batch, heads, slots, width = self.inputs[name].shape
+            caches.append(np.full((batch, heads, max(slots, self.total), width), np.nan, self.dtype))
+        return [output, *caches]
 
     @property
     def total(self) -> int:
@@ -116,6 +113,8 @@ class Unit:
         """Returns the outputs, float64; of caches the slots in use."""
         wide = {name: x.astype(np.float64) if x.dtype == self.dtype else x for name, x in self.inputs.items()}
         unit = replace(self, inputs=wide)
+        if self.function == "Decide":
+            return unit._decide()
         return [unit._contributed(unit._mlp())] if self.function.endswith("MLP") else unit._attention()
 
     def check(self, got: list[NDArray]) -> None:
@@ -124,9 +123,13 @@ class Unit:
             if result.ndim == 4:
                 result, unused = np.split(result, [self.total], axis=2)
                 assert np.isnan(unused).all()  # nothing is written there
-            assert result.dtype == self.dtype
-            error = np.abs(result - wanted).max(initial=0) / np.abs(wanted).max(initial=1e-3)
-            assert error <= TOLERANCE[self.dtype], (self.function, error)  # NaN is not
+            if wanted.dtype == np.bool_:
+                np.testing.assert_array_equal(result, wanted)
+                continue
+            # Of few numbers all may be sums that cancel: of decisions they are held against what was added up, about 1.
+            least = 1.0 if self.function == "Decide" else 1e-3
+            error = np.abs(result.astype(np.float64) - wanted).max(initial=0) / np.abs(wanted).max(initial=least)
+            assert error <= TOLERANCE[result.dtype], (self.function, error)  # NaN is not
 
     def _linear(self, h: NDArray, name: str) -> NDArray:
         return h @ self.inputs[f"{name}_weight"] + self.inputs.get(f"{name}_bias", 0)
@@ -141,10 +144,19 @@ class Unit:
         execute = self.inputs.get("execute")
         return y if execute is None else np.where(execute[..., None], y, self.inputs["forecast"])
 
+    def _decide(self) -> list[NDArray]:
+        x = self.inputs
+        hidden = _silu(self._linear(x["h"], "hidden"))
+        score = hidden @ x["out_weight"].astype(np.float64) + x["out_bias"]
+        forecast = np.broadcast_to(x["up_bias"], x["h"].shape)
+        if "down_weight" in x:
+            forecast = self._linear(_silu(self._linear(x["h"], "down")), "up")
+        return [forecast, score > x["threshold"], score]
+
     def _mlp(self) -> NDArray:
         gate, up = self._linear(self.inputs["h"], "gate"), self._linear(self.inputs["h"], "up")
         if self.attributes["activation"] == "silu":
-            gate = gate / (1 + np.exp(-gate))
+            gate = _silu(gate)
         else:
             gate = 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
         return self._linear(gate * up, "down")
@@ -191,120 +203,5 @@ class Unit:
         return [self._contributed(self._linear(y, "o")), key, value]
 
 
-def _poisoned(shape: tuple[int, ...], dtype: np.dtype) -> ort.OrtValue:
-    return ort.OrtValue.ortvalue_from_numpy(np.full(shape, np.nan, dtype))
-
-
-EXECUTES = ("none", "one", "all", "random", "ragged")
-
-
-def execute_mask(rng: np.random.Generator, kind: str, batch: int, length: int) -> NDArray:
-    """Which tokens execute: ``ragged`` is nothing in the first sequence, everything in the last."""
-    if kind == "one":
-        return np.arange(batch * length).reshape(batch, length) == rng.integers(batch * length)
-    share = {"none": 0.0, "all": 1.0, "random": 0.5, "ragged": np.linspace(0, 1, batch)[:, None]}[kind]
-    return rng.random((batch, length)) < share
-
-
-def random_mlp(
-    rng: np.random.Generator,
-    batch: int,
-    length: int,
-    width: int = 64,
-    hidden: int = 96,
-    execute: str | None = "random",
-    optional: tuple[str, ...] = (),
-    dtype: type = np.float32,
-    **attributes: Any,
-) -> Unit:
-    """Returns a RoutedMLP, or without ``execute`` a DenseMLP."""
-    weights = {"gate_weight": (width, hidden), "up_weight": (width, hidden), "down_weight": (hidden, width)}
-    rows = {"gate_bias": hidden, "up_bias": hidden, "down_bias": width, "post_norm": width}
-    inputs = _inputs(rng, batch, length, width, execute)
-    inputs |= _weights(rng, weights, {name: rows[name] for name in optional})
-    defaults = {"activation": "silu", "epsilon": 1e-5, "residual_multiplier": 1.0}
-    return Unit("DenseMLP" if execute is None else "RoutedMLP", _cast(inputs, dtype), defaults | attributes)
-
-
-def random_attention(
-    rng: np.random.Generator,
-    batch: int,
-    length: int,
-    past: int = 0,
-    spare: int | None = None,
-    heads: tuple[int, int] = (4, 2),
-    head_dim: int = 16,
-    width: int = 64,
-    execute: str | None = "random",
-    strict: bool = False,
-    mask: str = "left",
-    optional: tuple[str, ...] = (),
-    whole_norms: bool = False,
-    dtype: type = np.float32,
-    **attributes: Any,
-) -> Unit:
-    """Returns an attention unit.
-
-    Args:
-        past: slots in use before the call.
-        spare: None for a past that is full; or else a buffer with so much room left after the call.
-        heads: of queries, and of keys and values.
-        execute: see ``execute_mask``; None for DenseAttention.
-        mask: what is hidden from the causal view: padding ``left`` or ``right``, all but a ``window``, or ``holes``.
-    """
-    total, q, kv = past + length, heads[0] * head_dim, heads[1] * head_dim
-    weights = {"q_weight": (width, q), "k_weight": (width, kv), "v_weight": (width, kv), "o_weight": (q, width)}
-    rows = {"q_bias": q, "k_bias": kv, "v_bias": kv, "o_bias": width, "post_norm": width}
-    rows |= {"q_norm": q if whole_norms else head_dim, "k_norm": kv if whole_norms else head_dim}
-    inputs = _inputs(rng, batch, length, width, execute)
-    angles = rng.random((batch, length, (attributes.get("rotary_dim") or head_dim) // 2)) * 6
-    inputs |= {"cos": np.cos(angles), "sin": np.sin(angles)}
-    inputs["mask"] = _mask(rng, mask, batch, length, total)
-    inputs["step_bias"] = np.where(inputs["mask"][:, None, -1:], 0.0, -np.inf)
-    inputs |= {"start": np.full(batch, past, np.int32), "total": np.array([total], np.int32)}
-    inputs["step"] = np.array([batch == 1 and length == 1 and spare is not None])
-    for part in ("past_key", "past_value"):
-        cache = rng.standard_normal((batch, heads[1], past + (0 if spare is None else length + spare), head_dim))
-        cache[:, :, past:] = np.nan  # nothing of what lies in unused slots may be seen
-        inputs[part] = cache
-    if strict:
-        kept = rng.random((batch, 1, past, 1)) < 0.6
-        for part in ("past_key", "past_value"):
-            inputs[part][:, :, :past] *= kept
-    inputs |= _weights(rng, weights, {name: rows[name] for name in optional})
-    defaults = {"scale": head_dim**-0.5, "softcap": 0.0, "rotary_dim": 0, "epsilon": 1e-5, "residual_multiplier": 1.0}
-    sizes = {"num_heads": heads[0], "kv_num_heads": heads[1], "head_dim": head_dim}
-    name = "DenseAttention" if execute is None else "RoutedAttentionStrict" if strict else "RoutedAttention"
-    return Unit(name, _cast(inputs, dtype), sizes | defaults | attributes)
-
-
-def _inputs(rng: np.random.Generator, batch: int, length: int, width: int, execute: str | None) -> dict[str, NDArray]:
-    inputs = {"h": rng.standard_normal((batch, length, width))}
-    if execute is not None:
-        inputs["forecast"] = rng.standard_normal((batch, length, width))
-        inputs["execute"] = execute_mask(rng, execute, batch, length)
-    return inputs
-
-
-def _weights(rng: np.random.Generator, weights: dict[str, tuple[int, int]], rows: dict[str, int]) -> dict[str, NDArray]:
-    drawn = {name: rng.standard_normal(shape) / shape[0] ** 0.5 for name, shape in weights.items()}
-    return drawn | {name: rng.standard_normal(size) + name.endswith("_norm") for name, size in rows.items()}
-
-
-def _mask(rng: np.random.Generator, kind: str, batch: int, length: int, total: int) -> NDArray:
-    slots, places = np.arange(total), np.arange(total - length, total)[:, None]
-    mask = np.broadcast_to(slots <= places, (batch, length, total)).copy()
-    padding = rng.integers(0, total // 2 + 1, batch)[:, None, None]
-    if kind == "left":
-        mask &= slots >= padding
-    elif kind == "right":
-        mask &= slots < total - padding
-    elif kind == "window":
-        mask &= slots > places - max(total // 3, 1)
-    else:
-        mask &= rng.random(mask.shape) < 0.6
-    return mask | (slots == places)  # every token sees itself
-
-
-def _cast(inputs: dict[str, NDArray], dtype: type) -> dict[str, NDArray]:
-    return {name: x.astype(dtype) if x.dtype == np.float64 else x for name, x in inputs.items()}
+def _silu(x: NDArray) -> NDArray:
+    return x / (1 + np.exp(-x))

@@ -55,13 +55,14 @@ def test_found_and_registered(export, library, monkeypatch, dtype):
     np.testing.assert_allclose(native.logits(IDS), expected, atol=tolerance, rtol=0)
 
 
-def test_int4_keeps_its_functions(export, library, monkeypatch):
+def test_int4_decides_natively(export, library, monkeypatch):
+    """Its units keep their functions, which are of another domain."""
     folder = export(Int4())
     own = OnnxModel.load(folder, CPU, threads=1).logits(IDS)
     monkeypatch.setenv(VARIABLE, str(library))
-    assert OnnxModel.load(folder, CPU, threads=1).library is None
-    wanted = OnnxModel.load(folder, CPU, threads=1, library=library)  # it does no harm either
-    np.testing.assert_allclose(wanted.logits(IDS), own, atol=1e-4 * np.abs(own).max(), rtol=0)
+    native = OnnxModel.load(folder, CPU, threads=1)
+    assert native.library == library
+    np.testing.assert_allclose(native.logits(IDS), own, atol=1e-4 * np.abs(own).max(), rtol=0)
 
 
 def test_what_a_library_can_run(library):
@@ -78,6 +79,17 @@ def test_what_a_library_lacks(library):
     assert not usable(library, units(library, DenseMLP=("h",)), CPU)
     assert not usable(library, Model({}, {}, "float32"), CPU)
     assert not usable(library, units(library), ["AnotherExecutionProvider", *CPU])
+
+
+def test_named_library_that_cannot_run_the_model(library):
+    inputs = units(library).functions["ir", "RoutedMLP"]
+    with pytest.raises(
+        UserError, match=r"has no kernel of RoutedMLP for bfloat16 on CPUExecutionProvider: leave it out"
+    ):
+        choose(library, units(library, "bfloat16"), CPU)
+    with pytest.raises(UserError, match="with the inputs that this model has: they are of another version"):
+        choose(str(library), units(library, RoutedMLP=inputs[:-1]), CPU)
+    assert choose(library, Model({}, {}, "float32"), CPU) == library  # nothing of it would run, and nothing is harmed
 
 
 def test_environment(library, monkeypatch, tmp_path):

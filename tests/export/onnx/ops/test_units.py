@@ -6,7 +6,9 @@ import onnxruntime as ort
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_units import EXECUTES, Unit, random_attention, random_mlp
+from op_random import EXECUTES, random_attention, random_decide, random_mlp
+from op_session import Session
+from op_units import Unit
 
 from ir_convert.export.onnx.ops import supported
 
@@ -15,16 +17,31 @@ HALF, SINGLE = np.float16, np.float32
 PROPERTY = settings(max_examples=60, deadline=None)
 
 
+def run(unit: Unit, library, constant: bool = False, threads: int = 1) -> list[np.ndarray]:
+    return Session(unit, library, constant, threads).run(unit)
+
+
 def same(got: list[np.ndarray], other: list[np.ndarray], tolerance: float) -> None:
     for a, b in zip(got, other, strict=True):
+        if a.dtype == np.bool_:
+            np.testing.assert_array_equal(a, b)
+            continue
         np.testing.assert_allclose(a, b, atol=tolerance * np.nanmax(np.abs(b), initial=1), rtol=0)
 
 
 def check(unit: Unit, library, constant: bool = True, threads: int = 1) -> None:
     """Holds the kernel against float64, and against the function's body in ONNX Runtime's own operators."""
-    got = unit.run(library, constant, threads)
+    got = run(unit, library, constant, threads)
     unit.check(got)
-    same(got, unit.run(None, constant), 3e-5 if unit.dtype == SINGLE else 6e-3)
+    same(got, run(unit, None, constant), 3e-5 if unit.dtype == SINGLE else 6e-3)
+
+
+@pytest.mark.parametrize("dtype", [SINGLE, HALF])
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("execute", EXECUTES)
+@pytest.mark.parametrize("rank", [0, 12])
+def test_decide(library, rank, execute, length, dtype):
+    check(random_decide(np.random.default_rng(length), 3, length, 80, rank, 8, execute, dtype), library)
 
 
 @pytest.mark.parametrize("dtype", [SINGLE, HALF])
@@ -76,6 +93,23 @@ def test_long_caches(library, batch, length, past):
     batch=st.integers(1, 4),
     length=st.integers(1, 40),
     width=st.integers(1, 70),
+    rank=st.integers(0, 40),
+    hidden=st.integers(1, 40),
+    execute=st.sampled_from(EXECUTES),
+    dtype=st.sampled_from([SINGLE, HALF]),
+    constant=st.booleans(),
+)
+def test_any_decide(library, seed, batch, length, width, rank, hidden, execute, dtype, constant):
+    unit = random_decide(np.random.default_rng(seed), batch, length, width, rank, hidden, execute, dtype)
+    unit.check(run(unit, library, constant))
+
+
+@PROPERTY
+@given(
+    seed=st.integers(0, 2**16),
+    batch=st.integers(1, 4),
+    length=st.integers(1, 40),
+    width=st.integers(1, 70),
     hidden=st.integers(1, 70),
     execute=st.sampled_from([*EXECUTES, None]),
     optional=st.sets(st.sampled_from(["gate_bias", "up_bias", "down_bias", "post_norm"])),
@@ -88,7 +122,7 @@ def test_any_mlp(library, seed, batch, length, width, hidden, execute, optional,
     attributes = {"activation": activation, "residual_multiplier": factor}
     rng = np.random.default_rng(seed)
     unit = random_mlp(rng, batch, length, width, hidden, execute, tuple(sorted(optional)), dtype, **attributes)
-    unit.check(unit.run(library, constant))
+    unit.check(run(unit, library, constant))
 
 
 @PROPERTY
@@ -121,14 +155,14 @@ def test_any_attention(
         np.random.default_rng(seed), batch, length, past, spare, (kv_heads * shared, kv_heads), 2 * half, 24, execute,
         strict, mask, tuple(sorted(optional)), whole_norms, dtype, **attributes,
     )  # fmt: skip
-    unit.check(unit.run(library, constant))
+    unit.check(run(unit, library, constant))
 
 
 @pytest.mark.parametrize("threads", [2, 4])
 def test_threads_change_nothing(library, threads):
     rng = np.random.default_rng(0)
-    for unit in (random_mlp(rng, 2, 200), random_attention(rng, 2, 200, 30, 0)):
-        for one, many in zip(unit.run(library, True), unit.run(library, True, threads), strict=True):
+    for unit in (random_decide(rng, 2, 200), random_mlp(rng, 2, 200), random_attention(rng, 2, 200, 30, 0)):
+        for one, many in zip(run(unit, library, True), run(unit, library, True, threads), strict=True):
             np.testing.assert_array_equal(one, many)
 
 
@@ -169,4 +203,4 @@ def test_wrong_shape(library, name, shape, message):
     if name == "past_key":
         inputs["past_value"] = inputs[name]
     with pytest.raises(Exception, match=message):
-        Unit(unit.function, inputs, unit.attributes).run(library)
+        run(Unit(unit.function, inputs, unit.attributes), library)

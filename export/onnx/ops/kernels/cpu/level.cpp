@@ -2,11 +2,12 @@
 #include "level.h"
 
 #include "attention.h"
+#include "decide.h"
 #include "mlp.h"
 
 namespace ir::cpu::IR_LEVEL {
 
-const Level<float> kFloat = {packed_size, pack<float>, mlp<float>, attention<float>};
-const Level<Half> kHalf = {packed_size, pack<Half>, mlp<Half>, attention<Half>};
+const Level<float> kFloat = {packed_size, pack<float>, decide<float>, mlp<float>, attention<float>};
+const Level<Half> kHalf = {packed_size, pack<Half>, decide<Half>, mlp<Half>, attention<Half>};
 
 }  // namespace ir::cpu::IR_LEVEL

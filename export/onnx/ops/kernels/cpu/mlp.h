@@ -5,7 +5,6 @@
 
 namespace ir::cpu::IR_LEVEL {
 
-inline Vector silu(Vector x) { return x * sigmoid(x); }
 // 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), without the cancellation
 inline Vector gelu(Vector x) { return x * sigmoid(all(1.59576912F) * (x + all(0.044715F) * x * x * x)); }
 
@@ -26,12 +25,7 @@ inline void gated(const Mlp<T>& unit, const float* blocks, int64_t rows, int64_t
       store(g + n, (unit.gelu ? gelu(x) : silu(x)) * load(u + n));
     }
   }
-  for (int64_t row = 0; row < rows; row += kRows) {
-    const int64_t count = block_rows(rows, row);
-    float* block = hidden + row * unit.hidden + column * count;
-    for (int64_t n = 0; n < columns; ++n)
-      for (int64_t r = 0; r < count; ++r) block[n * count + r] = gate[(row + r) * kColumns + n];
-  }
+  to_blocks(gate, rows, column, columns, unit.hidden, hidden);
 }
 
 template <typename T>

@@ -48,6 +48,16 @@ inline const float* gather(int64_t count, int64_t width, const F& row, const Thr
   return blocks;
 }
 
+// A panel [rows, kColumns] becomes columns of blocks for the next product, whose rows are of this width.
+inline void to_blocks(const float* panel, int64_t rows, int64_t column, int64_t columns, int64_t width, float* blocks) {
+  for (int64_t row = 0; row < rows; row += kRows) {
+    const int64_t count = block_rows(rows, row);
+    float* block = blocks + row * width + column * count;
+    for (int64_t n = 0; n < columns; ++n)
+      for (int64_t r = 0; r < count; ++r) block[n * count + r] = panel[(row + r) * kColumns + n];
+  }
+}
+
 // blocks times weight -> result[row * step + column]; `panel` of panels(weight).
 template <typename T>
 inline void multiply_into(const float* blocks, int64_t rows, const Weight<T>& weight, int64_t panel, float* result,

@@ -82,6 +82,8 @@ inline Vector sigmoid(Vector x) {
   return all(1.0F) / (all(1.0F) + e);
 }
 
+inline Vector silu(Vector x) { return x * sigmoid(x); }
+
 inline Vector tanh(Vector x) {
   const Vector limit = all(10.0F);
   const Vector clipped = x > limit ? limit : (x < -limit ? -limit : x);

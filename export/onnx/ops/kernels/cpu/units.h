@@ -44,6 +44,20 @@ struct Contribution {
 };
 
 template <typename T>
+struct Decide {
+  int64_t tokens, width, rank, hidden;  // without a forecaster, rank is 0 and up_bias the forecast of every token
+  const T* h;                           // [tokens, width]
+  const float* threshold;               // [tokens]
+  Weight<T> down, up;
+  const T *down_bias, *up_bias;  // [rank], [width]
+  Weight<float> router;          // [width, hidden]
+  const float *hidden_bias, *out_weight, *out_bias;  // [hidden], [hidden], [1]
+  T* forecast;                                       // [tokens, width]
+  bool* execute;                                     // [tokens]
+  float* score;                                      // [tokens]
+};
+
+template <typename T>
 struct Mlp {
   int64_t tokens, width, hidden;
   const T* h;           // [tokens, width]
@@ -78,9 +92,9 @@ template <typename T>
 struct Level {
   size_t (*packed_size)(int64_t in, int64_t out);  // in elements
   void (*pack)(const T* weight, int64_t in, int64_t out, T* packed);
+  void (*decide)(const Decide<T>& unit, const Threads& threads);
   void (*mlp)(const Mlp<T>& unit, const Threads& threads);
   void (*attention)(const Attention<T>& unit, const Threads& threads);
 };
-
 
 }  // namespace ir::cpu

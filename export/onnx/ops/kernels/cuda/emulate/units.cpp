@@ -1,5 +1,6 @@
 // The units on the host, for tests: a call is a struct of mlp.cuh or attention.cuh, whose layout no type changes.
 #include "../attention.cuh"
+#include "../decide.cuh"
 #include "../mlp.cuh"
 
 namespace {
@@ -41,11 +42,15 @@ const char* run(int type, int multiprocessors, int order, const void* call, Run&
 }  // namespace
 
 // These return what failed, or null.
+extern "C" const char* emulate_decide(int type, int multiprocessors, int order, const void* call) {
+  return run<Decide>(type, multiprocessors, order, call, [](auto&... x) { decide(x...); });
+}
 extern "C" const char* emulate_mlp(int type, int multiprocessors, int order, const void* call) {
   return run<Mlp>(type, multiprocessors, order, call, [](auto&... x) { mlp(x...); });
 }
 extern "C" const char* emulate_attention(int type, int multiprocessors, int order, const void* call) {
   return run<Attention>(type, multiprocessors, order, call, [](auto&... x) { attention(x...); });
 }
+extern "C" size_t emulate_decide_bytes() { return sizeof(Decide<float>); }
 extern "C" size_t emulate_mlp_bytes() { return sizeof(Mlp<float>); }
 extern "C" size_t emulate_attention_bytes() { return sizeof(Attention<float>); }
