@@ -8,6 +8,16 @@ namespace ir::cpu::IR_LEVEL {
 // So many multiplications are worth a task of their own: at one token a step, handing out tasks costs more than the work.
 inline constexpr int64_t kTaskWork = 1 << 16;
 
+// So many tokens go through all of it at once: they, and a weight's panel, stay in the second cache.
+inline constexpr int64_t kGroup = 48;
+
+// Runs tasks one after the other, where they are not worth handing out or are part of one already.
+inline Threads alone() {
+  return {nullptr, [](void*, size_t count, void (*task)(void*, size_t), void* data) {
+            for (size_t i = 0; i < count; ++i) task(data, i);
+          }};
+}
+
 // Calls f(panel) for all panels of a weight, several to a task where they are small.
 template <typename T, typename F>
 inline void each_panel(const Weight<T>& weight, int64_t rows, const Threads& threads, const F& f) {
@@ -44,37 +54,42 @@ inline void judge(const Decide<T>& unit, const float* blocks, int64_t first, int
   for (int64_t i = first; i < first + rows; ++i) unit.execute[i] = unit.score[i] > unit.threshold[i];
 }
 
+// Tokens `first` on.
+template <typename T>
+inline void decide_rows(const Decide<T>& unit, int64_t first, int64_t count, const Threads& threads) {
+  const float* blocks = gather(count, unit.width, [&](int64_t r) { return unit.h + (first + r) * unit.width; }, threads);
+  float* codes = scratch(Use::kHidden, kGroup * most<int64_t>(1, unit.rank));
+  const auto task = [&](int64_t i) {
+    if (i == 0) return judge(unit, blocks, first, count);
+    const int64_t panel = i - 1, column = panel * kColumns;
+    const float* code = bent(blocks, count, unit.down, unit.down_bias, panel);
+    to_blocks(code, count, column, least<int64_t>(kColumns, unit.rank - column), unit.rank, codes);
+  };
+  const int64_t tasks = 1 + (unit.rank > 0 ? panels(unit.down) : 0);
+  const bool small = count * unit.width * (unit.rank + unit.hidden) < kTaskWork;
+  (small ? alone() : threads).each(tasks, task);
+  if (unit.rank == 0) {
+    for (int64_t r = 0; r < count; ++r)
+      std::memcpy(unit.forecast + (first + r) * unit.width, unit.up_bias, static_cast<size_t>(unit.width) * sizeof(T));
+    return;
+  }
+  each_panel(unit.up, count, threads, [&](int64_t panel) {
+    float* product = scratch(Use::kFirst, kChunk * kColumns);
+    multiply(codes, count, unit.up, panel, product);
+    const int64_t column = panel * kColumns, columns = least<int64_t>(kColumns, unit.width - column);
+    for (int64_t r = 0; r < count; ++r) {
+      add_row(unit.up_bias + column, columns, product + r * kColumns);
+      narrow(product + r * kColumns, columns, unit.forecast + (first + r) * unit.width + column);
+    }
+  });
+}
+
+// Threads share the weights' columns where tokens are few, the tokens where they are many.
 template <typename T>
 inline void decide(const Decide<T>& unit, const Threads& threads) {
-  chunks(unit.tokens, [&](int64_t first, int64_t count) {
-    const float* blocks = gather(count, unit.width, [&](int64_t r) { return unit.h + (first + r) * unit.width; }, threads);
-    float* codes = scratch(Use::kHidden, kChunk * most<int64_t>(1, unit.rank));
-    const int64_t judging = 1, forecasting = unit.rank > 0 ? panels(unit.down) : 0;
-    const auto task = [&](int64_t i) {
-      if (i == 0) return judge(unit, blocks, first, count);
-      const int64_t panel = i - judging, column = panel * kColumns;
-      const float* code = bent(blocks, count, unit.down, unit.down_bias, panel);
-      to_blocks(code, count, column, least<int64_t>(kColumns, unit.rank - column), unit.rank, codes);
-    };
-    if (count * unit.width * (unit.rank + unit.hidden) < kTaskWork) {
-      for (int64_t i = 0; i < judging + forecasting; ++i) task(i);
-    } else {
-      threads.each(judging + forecasting, task);
-    }
-    if (unit.rank == 0) {
-      for (int64_t r = 0; r < count; ++r)
-        std::memcpy(unit.forecast + (first + r) * unit.width, unit.up_bias, static_cast<size_t>(unit.width) * sizeof(T));
-      return;
-    }
-    each_panel(unit.up, count, threads, [&](int64_t panel) {
-      float* product = scratch(Use::kFirst, kChunk * kColumns);
-      multiply(codes, count, unit.up, panel, product);
-      const int64_t column = panel * kColumns, columns = least<int64_t>(kColumns, unit.width - column);
-      for (int64_t r = 0; r < count; ++r) {
-        add_row(unit.up_bias + column, columns, product + r * kColumns);
-        narrow(product + r * kColumns, columns, unit.forecast + (first + r) * unit.width + column);
-      }
-    });
+  if (unit.tokens <= kGroup) return decide_rows(unit, 0, unit.tokens, threads);
+  threads.each((unit.tokens + kGroup - 1) / kGroup, [&](int64_t group) {
+    decide_rows(unit, group * kGroup, least(kGroup, unit.tokens - group * kGroup), alone());
   });
 }
 

@@ -37,7 +37,7 @@ inline void chunks(int64_t rows, const F& f) {
 // Gathers rows row(0) .. row(count - 1), each of this width, into blocks for products.
 template <typename F>
 inline const float* gather(int64_t count, int64_t width, const F& row, const Threads& threads) {
-  float* blocks = scratch(Use::kRows, kChunk * width);
+  float* blocks = scratch(Use::kRows, count * width);
   threads.each((count + kRows - 1) / kRows, [&](int64_t block) {
     const int64_t first = block * kRows, rows = block_rows(count, first);
     float* copies = scratch(Use::kWide, kRows * width);
