@@ -1,12 +1,14 @@
-"""Times routed models against dense ones on ONNX Runtime's CUDA provider, in fp16 and with standard operators only.
+"""Times routed models against dense ones on ONNX Runtime's CUDA provider, in fp16: as functions, and with native kernels.
 
-    python benchmarks/gpu.py [--json FILE] [--models small,1B] [--genai FOLDER]
+    python benchmarks/gpu.py [--json FILE] [--models 7B-8-layers] [--genai FOLDER]
     python benchmarks/gpu.py --print FILE
     python benchmarks/gpu.py --device cpu --models tiny --prefill 16 --decode 24   # the same code without a GPU, in fp32
 
-First it checks the numbers: a small model in fp16 on the device against fp32 on the CPU. Then it times, as
-``onnx_speed.py`` does, with everything bound to the device's memory; a step ends when the device says it is done. It needs
-a checkout, not an installation. What does not fit into ``--seconds`` is left out, and named.
+First it builds the native kernels, if none have been, and checks the numbers: a small model in fp16 on the device against
+fp32 on the CPU. Then it times, as ``onnx_speed.py`` does, with everything bound to the device's memory; a step ends when the
+device says it is done; steps of decode are captured in CUDA graphs as well, where ONNX Runtime can. Each time is also printed
+as a share of what the device's own measured rates allow. It needs a checkout, not an installation. What does not fit into
+``--seconds`` is left out, and named.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import json
 import math
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +26,15 @@ import numpy as np
 import onnxruntime as ort
 import torch
 from quality_setting import command_line
+from speed_limits import add_limits, measure_limits, print_limits
 from speed_measure import SPARSITIES, compare, draw_tokens, plan, processor, versions
 from speed_models import SHAPES, build_genai, export, model_facts, random_routing, without_routing, write_checkpoint
 from speed_profile import print_profile
 from speed_session import Point, Probe, open_session
 from speed_tables import print_all, print_setting
+
+from ir_convert.errors import UserError
+from ir_convert.export.onnx.ops import build, find, supported
 
 # fp16 keeps 11 bits. Logits may be off by this share of the largest, scores by as much as the margin that is looked for.
 LOGITS_TOLERANCE = 0.02
@@ -36,8 +43,9 @@ LOGITS_TOLERANCE = 0.02
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     if args.print:
-        print_all(json.loads(args.print.read_text("utf-8")))
-        return
+        result = json.loads(args.print.read_text("utf-8"))
+        print_all(result)
+        return print_limits(result["records"])
     cuda = args.device == "cuda"
     if cuda and hasattr(ort, "preload_dlls"):
         ort.preload_dlls()  # CUDA and cuDNN as torch brought them
@@ -55,8 +63,11 @@ def main(arguments: list[str] | None = None) -> None:
         },
         "records": [],
     }
+    args.library = None if args.functions_only else native_library(args.device, result["config"]["notes"])
+    result["limits"] = measure_limits(args.device, "fp16" if cuda else "fp32")
+    print(", ".join(f"{name} {value:.3g}" for name, value in result["limits"].items()))
     with tempfile.TemporaryDirectory(dir=args.work) as temporary:
-        result["numerics"] = verify(Path(temporary) / "verified", args.device)
+        result["numerics"] = verify(Path(temporary) / "verified", args.device, args.library)
         print("numerics: " + ", ".join(f"{name} {value:.3g}" for name, value in result["numerics"].items()), flush=True)
         for name in args.models.split(","):
             measure_model(args, name, Path(temporary) / name, result)
@@ -70,15 +81,16 @@ def main(arguments: list[str] | None = None) -> None:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--models", default="small,1B", help=f"of {', '.join(SHAPES)}")
-    parser.add_argument("--prefill", default="512,2048", help="lengths; 0 for none")
-    parser.add_argument("--decode", default="512,2048", help="cached tokens; 0 for none")
-    parser.add_argument("--batches", default="1,4", help="of decode")
+    parser.add_argument("--models", default="7B-8-layers", help=f"of {', '.join(SHAPES)}")
+    parser.add_argument("--prefill", default="512,2048,8192", help="lengths; 0 for none")
+    parser.add_argument("--decode", default="2048", help="cached tokens; 0 for none")
+    parser.add_argument("--batches", default="1,4,16", help="of decode")
     parser.add_argument("--sparsities", default=",".join(map(str, SPARSITIES)))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=16, help="different decode steps, each on the same cache")
     parser.add_argument("--cache", choices=("auto", "concat", "in-place"), default="auto")
     parser.add_argument("--seconds", type=float, default=400, help="no point is begun after this many")
+    parser.add_argument("--functions-only", action="store_true", help="without the native kernels")
     parser.add_argument("--profile", action="store_true", help="also print which operators take the time")
     parser.add_argument(
         "--genai", type=Path, help="where onnxruntime-genai was installed to; without it only our export"
@@ -89,18 +101,43 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def verify(folder: Path, device: str) -> dict[str, float]:
+def native_library(device: str, notes: list[str]) -> Path | None:
+    """Returns the library of native kernels for a device, built now if it has not been; notes why, if there is none."""
+    provider = "CUDAExecutionProvider" if device == "cuda" else "CPUExecutionProvider"
+    try:
+        library = find() or build(cuda="on" if device == "cuda" else "off")
+    except UserError as error:
+        notes.append(f"no native kernels: {error}")
+        return None
+    if not any(where == provider for where, _, _ in supported(library)):
+        notes.append(f"no native kernels: {library.name} was built without those of {provider}")
+        return None
+    return library
+
+
+def verify(folder: Path, device: str, library: Path | None = None) -> dict[str, float]:
     """Compares a small model in fp16 on the device with fp32 on the CPU: dense, and where no score is near the threshold.
+
+    Returns:
+        How far off it was; what native kernels were is named after them.
 
     Raises:
         RuntimeError: logits differ by more than the tolerance, or a decision differs.
     """
     checkpoint = write_checkpoint(folder / "checkpoint", SHAPES["tiny"])
     config, routing = checkpoint.config, random_routing(checkpoint.config)
-    probes = [
-        Probe.open(export(checkpoint, routing, folder / precision, precision), config, where, 1)
-        for precision, where in (("fp32", "cpu"), ("fp16", device))
-    ]
+    files = {precision: export(checkpoint, routing, folder / precision, precision) for precision in ("fp32", "fp16")}
+    reference = Probe.open(files["fp32"], config, "cpu", 1)
+    found = _verify(reference, Probe.open(files["fp16"], config, device, 1))
+    if library is not None:
+        native = _verify(reference, Probe.open(files["fp16"], config, device, 1, library))
+        found |= {f"native_{name}": value for name, value in native.items() if name.endswith("_off")}
+    return found
+
+
+def _verify(*probes: Probe) -> dict[str, float]:
+    """Compares a model, the second, with a reference."""
+    config = probes[0].config
     if len(probes[0].scores) != len(probes[0].executes):
         raise RuntimeError("the graph does not show its scores: no margin can be told")
     point = Point(24)
@@ -144,6 +181,10 @@ def measure_model(args: argparse.Namespace, name: str, folder: Path, result: dic
             config["notes"].append(f"{name}: compared with our own dense export alone; {reason}")
     probe = Probe.open(models["routed"], checkpoint.config, args.device, 1)
     sessions = {which: open_session(path, args.device, 1) for which, path in models.items()}
+    if args.library:
+        sessions["native"] = open_session(models["routed"], args.device, 1, library=args.library)
+    if args.device == "cuda":
+        add_graphs(sessions, models, args.library, f"{name}: ", config["notes"])
     records, plans = [], []
     sparsities = [float(part) for part in args.sparsities.split(",")]
     for point in points:
@@ -152,14 +193,35 @@ def measure_model(args: argparse.Namespace, name: str, folder: Path, result: dic
             continue
         plans += plan(probe, routing.units, [point], sparsities, args.steps, precision)
         for record in compare(sessions, checkpoint.config, plans[-1:], args.rounds, args.device, args.cache):
-            records.append({"model": name, "precision": precision, "threads": 1, "device": args.device} | record)
+            record |= {"model": name, "precision": precision, "threads": 1, "device": args.device}
+            records.append(add_limits(checkpoint.config, record, result["limits"]))
     result["records"] += records
     print_setting(config["models"][name], name, precision, 1, records)
+    print_limits(records)
     sessions.clear()
     del probe
     gc.collect()
     if args.profile and time.monotonic() < args.deadline:
         print_profile(models, checkpoint.config, plans, records, 1, args.device)
+
+
+def add_graphs(
+    sessions: dict[str, ort.InferenceSession],
+    models: Mapping[str, Path],
+    library: Path | None,
+    prefix: str,
+    notes: list[str],
+) -> None:
+    """Adds sessions that capture CUDA graphs: of the dense model and of the native kernels; a note says what cannot be.
+
+    Functions are left out: their branches and their counts of executed rows are the host's to decide.
+    """
+    wanted = {"own_graph": ("own", None)} | ({"native_graph": ("routed", library)} if library else {})
+    for name, (model, own) in wanted.items():
+        try:
+            sessions[name] = open_session(models[model], "cuda", 1, library=own, graph=True)
+        except Exception as error:  # onnxruntime's exceptions share no base class of their own
+            notes.append(f"{prefix}{name}: {str(error).splitlines()[0]}")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,25 @@ FORECASTER_BYTES = {"fp32": 4.0, "fp16": 2.0, "int4": 4.0}
 ROUTER_BYTES = 4.0
 
 
+def dense_flops(config: PretrainedConfig, batch: int, length: int, past: int = 0) -> int:
+    """Returns the dense model's FLOPs of one call."""
+    budget, tokens = Budget.of(config, {}), batch * length
+    head = 2 * config.hidden_size * config.vocab_size * tokens
+    return budget.layers * (budget.dense * tokens + batch * int(_core(config, length, past).sum())) + head
+
+
+def dense_bytes(config: PretrainedConfig, precision: str) -> float:
+    """Returns the bytes of weights that a step of the dense model reads."""
+    budget = Budget.of(config, {})
+    # One token takes two FLOPs for a weight.
+    return BYTES[precision] / 2 * (budget.layers * budget.dense + 2 * config.hidden_size * config.vocab_size)
+
+
+def _core(config: PretrainedConfig, length: int, past: int) -> NDArray[np.int64]:
+    """Returns the FLOPs of attention's core by query."""
+    return 4 * config.num_attention_heads * head_dim(config) * (past + 1 + np.arange(length))
+
+
 def prefill_ideal(config: PretrainedConfig, units: Units, executed: Flags, past: int = 0) -> float:
     """Returns the FLOPs of one call over the dense model's.
 
@@ -37,9 +56,7 @@ def prefill_ideal(config: PretrainedConfig, units: Units, executed: Flags, past:
     budget = Budget.of(config, units)
     batch, length = next(iter(executed.values())).shape
     tokens = batch * length
-    core = 4 * config.num_attention_heads * head_dim(config) * (past + 1 + np.arange(length))  # by query
-    head = 2 * config.hidden_size * config.vocab_size * tokens
-    dense = budget.layers * (budget.dense * tokens + batch * int(core.sum())) + head
+    core, dense = _core(config, length, past), dense_flops(config, batch, length, past)
     saved = sum(budget.saved[unit] * int((~flags).sum()) for (_, unit), flags in executed.items())
     saved += sum(int((~flags * core).sum()) for (_, unit), flags in executed.items() if unit == "attention")
     return (dense - saved + tokens * sum(budget.overhead.values())) / dense
@@ -55,8 +72,7 @@ def decode_ideal(config: PretrainedConfig, units: Units, steps: Sequence[Flags],
         precision: fp32, fp16 or int4.
     """
     budget = Budget.of(config, units)
-    weight = BYTES[precision] / 2  # bytes for a FLOP: one token takes two of them for a weight
-    dense = weight * (budget.layers * budget.dense + 2 * config.hidden_size * config.vocab_size)
+    weight, dense = BYTES[precision] / 2, dense_bytes(config, precision)
     overhead = sum(
         FORECASTER_BYTES[precision] / 2 * forecaster_flops(config.hidden_size, unit.forecaster.rank)
         + ROUTER_BYTES / 2 * router_flops(config.hidden_size, unit.router.width)

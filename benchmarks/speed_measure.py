@@ -26,7 +26,9 @@ from ir_convert.units import Units
 CLOSE, FAR = 0.004, 0.03  # a search for a threshold ends here; a worse result than the latter is refused
 TRIES = 10
 SAME = 0.004  # sparsity may differ by this between a plan and what is timed: a score beside the threshold, rounded otherwise
-ROUTED = ("routed", "native")  # by functions; by native kernels
+# By functions; by native kernels, without and with CUDA graphs.
+NATIVE, GRAPH = ("native", "native_graph"), "_graph"
+ROUTED = ("routed", *NATIVE)
 SPARSITIES = (0.0, 0.25, 0.4, 0.55)
 # Routed over dense, over the ideal of that; at sparsity 0, where every token executes, routed over dense itself.
 TARGETS = {("prefill", "fp32"): 1.05, ("prefill", "int4"): 1.05, ("decode", "fp32"): 1.10, ("decode", "int4"): 1.20}
@@ -99,6 +101,7 @@ def _choose(probe: Probe, units: Units, this: Plan, wanted: float, start: float,
         "approximated": float(np.mean(rates)),
         "approximated_least": float(min(rates)),  # of the units: decisions are spread, or they are not
         "approximated_most": float(max(rates)),
+        "attention": float(np.mean([call[key].mean() for call in flags for key in call if key[1] == "attention"])),
     }
 
 
@@ -163,7 +166,8 @@ def compare(
 
     Args:
         sessions: ``routed``, perhaps ``native`` (the same model with native kernels), and dense ones: ``own`` and perhaps
-            ``genai``, which always writes its cache in place.
+            ``genai``, which always writes its cache in place. One whose name ends in ``_graph`` captures CUDA graphs, which
+            is left to decode.
         config: of the model.
         plans: from ``plan``.
         rounds: of times taken in turn.
@@ -177,18 +181,18 @@ def compare(
     for this in plans:
         in_place = able and (this.point.kind == "decode" or cache == "in-place")
         logits = room_for_logits(sessions["own"], config, this.point, device)
+        named = [name for name in sessions if this.point.kind == "decode" or not name.endswith(GRAPH)]
+        dense = [name for name in named if name not in ROUTED]
+        calls: list[tuple[str, str, float | None]] = [(name, name, None) for name in dense]
+        for row, name in itertools.product(this.chosen, [name for name in ROUTED if name in named]):
+            calls.append((f"{name} {row['asked']:g}", name, row["threshold"]))
         runners = {
-            name: Runner(
-                session, config, this.point, this.steps, None, in_place or name == "genai", device, clock, logits
+            call: Runner(
+                *(sessions[name], config, this.point, this.steps, threshold, in_place or name == "genai"),
+                *(device, clock, logits, name.endswith(GRAPH)),
             )
-            for name, session in sessions.items()
-            if name not in ROUTED
+            for call, name, threshold in calls
         }
-        dense = list(runners)
-        for row, which in itertools.product(this.chosen, [which for which in ROUTED if which in sessions]):
-            runners[f"{which} {row['asked']:g}"] = Runner(
-                sessions[which], config, this.point, this.steps, row["threshold"], in_place, device, clock, logits
-            )
         times = time_in_turn(runners, rounds)
         fastest = min(dense, key=lambda name: statistics.median(times[name]))
         for row in this.chosen:
@@ -210,7 +214,7 @@ def compare(
                 "routed_ms": 1e3 * statistics.median(times[name]),
                 "ratio": ratio,
                 "ratio_quartiles": quartiles,
-            } | _native(times, f"native {row['asked']:g}", name)
+            } | _native(times, f"{row['asked']:g}", fastest)
 
 
 def target(record: Mapping[str, Any]) -> tuple[float, float] | None:
@@ -248,13 +252,17 @@ def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, list[
     return statistics.median(ratios), [quarters[0], quarters[2]]
 
 
-def _native(times: Mapping[str, Sequence[float]], native: str, functions: str) -> dict[str, Any]:
-    """Returns the native kernels' time, and over that of the functions; nothing where they were not timed."""
-    if native not in times:
-        return {}
-    ratio, quartiles = _ratio(times[native], times[functions])
-    return {
-        "native_ms": 1e3 * statistics.median(times[native]),
-        "native_to_functions": ratio,
-        "native_to_functions_quartiles": quartiles,
-    }
+def _native(times: Mapping[str, Sequence[float]], asked: str, dense: str) -> dict[str, Any]:
+    """Returns the native kernels' times, and over those of the functions and of the dense model; nothing without them."""
+    found: dict[str, Any] = {}
+    for native in NATIVE:
+        if (own := times.get(f"{native} {asked}")) is None:
+            continue
+        ratio, quartiles = _ratio(own, times[f"routed {asked}"])
+        found |= {
+            f"{native}_ms": 1e3 * statistics.median(own),
+            f"{native}_ratio": _ratio(own, times[dense])[0],
+            f"{native}_to_functions": ratio,
+            f"{native}_to_functions_quartiles": quartiles,
+        }
+    return found

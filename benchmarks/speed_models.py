@@ -48,7 +48,8 @@ SHAPES = {
     "small": Shape(12, 768, 2048, 12, 4, 8192),
     "small-mha": Shape(12, 768, 2048, 12, 12, 8192),
     "1B": Shape(16, 2048, 8192, 32, 8, 128256, tied=True),  # Llama-3.2-1B
-    "7B-8-layers": Shape(8, 4096, 11008, 32, 32, 32000),  # Llama-2-7B, a quarter of it
+    "7B": Shape(32, 4096, 11008, 32, 32, 32000),  # Llama-2-7B
+    "7B-8-layers": Shape(8, 4096, 11008, 32, 32, 32000),  # a quarter of it
     "tiny": Shape(3, 64, 128, 4, 2, 256),  # for tests
 }
 

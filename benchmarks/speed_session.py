@@ -4,6 +4,7 @@ All inputs and outputs are bound to memory that is allocated once, so that neith
 cache is bound is in one place, ``Cache``.
 """
 
+import itertools
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 # The processor's own clock leaves out what other processes take of a busy core; it is of use with one thread only.
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 _ERRORS_ONLY, _NOTHING = 3, 4
+_GRAPHS = itertools.count(1)
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,18 @@ class Point:
 
 
 def open_session(
-    path: Path, device: str, threads: int, profile: Path | None = None, library: Path | None = None
+    path: Path,
+    device: str,
+    threads: int,
+    profile: Path | None = None,
+    library: Path | None = None,
+    graph: bool = False,
 ) -> ort.InferenceSession:
     """Opens a model: so many threads in an operator, one operator at a time, threads spin as they do by default.
 
     Args:
         library: of native kernels, which take over the units' functions.
+        graph: on CUDA, whether runs are captured in CUDA graphs and replayed; a ``Runner`` has to be told, too.
     """
     options = ort.SessionOptions()
     if library is not None:
@@ -68,7 +76,8 @@ def open_session(
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
     providers = ["CPUExecutionProvider"] if device == "cpu" else ["CUDAExecutionProvider", "CPUExecutionProvider"]
-    session = ort.InferenceSession(str(path), options, providers=providers)
+    settings = [{"enable_cuda_graph": "1"} if graph and provider.startswith("CUDA") else {} for provider in providers]
+    session = ort.InferenceSession(str(path), options, providers=providers, provider_options=settings)
     if session.get_providers()[0] != providers[0]:
         raise RuntimeError(f"{providers[0]} did not start: onnxruntime runs on {session.get_providers()}")
     return session
@@ -117,22 +126,25 @@ class Runner:
         device: str = "cpu",
         clock: str = "wall",
         logits: ort.OrtValue | None = None,
+        graph: bool = False,
     ) -> None:
         self._session, self._point, self._device, self._clock = session, point, device, CLOCKS[clock]
         self.options = ort.RunOptions()
+        # Every step has buffers of its own, and so a CUDA graph of its own.
+        self._graphs = [next(_GRAPHS) for _ in steps] if graph else []
         self._kept: list[ort.OrtValue] = []  # a bound value on the CPU is the array's own memory
         self._cache = Cache(session, config, point, in_place, device)
         self._logits = room_for_logits(session, config, point, device) if logits is None else logits
-        self._saved = [ort.OrtValue.ortvalue_from_shape_and_type([1], np.float32, "cpu", 0) for _ in steps]
+        self._saved = [ort.OrtValue.ortvalue_from_shape_and_type([1], np.float32, device, 0) for _ in steps]
         self._bindings = [self._bind(ids, saved, threshold) for ids, saved in zip(steps, self._saved, strict=True)]
 
     def __call__(self) -> float:
         """Returns the seconds of one step."""
         if len(self._bindings) > 1:  # wakes threads and caches up after another session's turn
-            self._run(self._bindings[-1])
+            self._run(len(self._bindings) - 1)
         start = self._clock()
-        for binding in self._bindings:
-            self._run(binding)
+        for step in range(len(self._bindings)):
+            self._run(step)
         return (self._clock() - start) / len(self._bindings)
 
     def saved(self) -> float:
@@ -143,9 +155,11 @@ class Runner:
         """Returns the last step's logits."""
         return self._logits.numpy()
 
-    def _run(self, binding: ort.IOBinding) -> None:
-        self._session.run_with_iobinding(binding, self.options)
-        binding.synchronize_outputs()
+    def _run(self, step: int) -> None:
+        if self._graphs:
+            self.options.add_run_config_entry("gpu_graph_id", str(self._graphs[step]))
+        self._session.run_with_iobinding(self._bindings[step], self.options)
+        self._bindings[step].synchronize_outputs()
 
     def _bind(self, ids: NDArray[np.int64], saved: ort.OrtValue, threshold: float | None) -> ort.IOBinding:
         binding, known = self._session.io_binding(), input_names(self._session)
@@ -212,7 +226,9 @@ class Probe:
     _caches: dict[Point, Cache] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, path: Path, config: PretrainedConfig, device: str, threads: int) -> "Probe":
+    def open(
+        cls, path: Path, config: PretrainedConfig, device: str, threads: int, library: Path | None = None
+    ) -> "Probe":
         """Adds the outputs to a model's graph, beside the model, which shares its weights."""
         model = onnx.load(path, load_external_data=False)
         producers = {name: node for node in model.graph.node for name in node.output}
@@ -232,7 +248,7 @@ class Probe:
                 model.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, None))
         probe = path.with_name("probe.onnx")
         onnx.save(model, probe)
-        return cls(open_session(probe, device, threads), config, executes, scores)
+        return cls(open_session(probe, device, threads, library=library), config, executes, scores)
 
     def run(self, point: Point, ids: NDArray[np.int64], threshold: float, everything: bool = False) -> dict[str, Any]:
         """Returns what one call ``saved`` as it says itself and, by unit, what it ``executes``.

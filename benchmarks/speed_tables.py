@@ -9,7 +9,7 @@ from speed_session import Point
 
 HEADER = ("saved, asked", "achieved", "dense ms", "routed ms", "ratio", "quartiles", "ideal", "ratio/ideal", "target")
 NATIVE = ("native ms", "native/functions", "quartiles")
-DENSE = {"own": "our dense export", "genai": "onnxruntime-genai's builder"}
+DENSE = {"own": "our dense export", "own_graph": "it in CUDA graphs", "genai": "onnxruntime-genai's builder"}
 
 
 def print_all(result: Mapping[str, Any]) -> None:
@@ -42,8 +42,12 @@ def print_point(where: Point, rows: list[Mapping[str, Any]]) -> None:
     times = ", ".join(f"{DENSE[name]} {ms:.2f} ms" for name, ms in rows[0]["dense_ms"].items())
     print(f"\n**{where}** (cache {rows[0]['cache']}; {times})\n")
     header = (*HEADER, *NATIVE) if "native_ms" in rows[0] else HEADER
-    cells = [header, *(_cells(row) for row in rows)]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
+    print_table([header, *(_cells(row) for row in rows)])
+
+
+def print_table(cells: list[tuple[str, ...]]) -> None:
+    """Prints rows of equal length, a header first, as a table in Markdown."""
+    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     for index, line in enumerate(cells):
         print("| " + " | ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) + " |")
         if index == 0:

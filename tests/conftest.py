@@ -1,14 +1,21 @@
 """Fixtures shared by all tests."""
 
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from models import CONFIGS, make_random
 from trained import Converted
 
+from ir_convert.errors import UserError
+from ir_convert.export.onnx.ops import build
+from ir_convert.export.onnx.ops.library import VARIABLE, location
+
 # Tests are of the models' own functions, but for those that ask for the native kernels: a built library must not creep in.
-os.environ.setdefault("IR_CONVERT_OPS", "")
+os.environ.setdefault(VARIABLE, "")
 # The models are tiny: more threads cost more than they give, a hundredfold where the cores are busy.
 torch.set_num_threads(1)
 
@@ -25,3 +32,21 @@ def converted(tmp_path_factory):
     base = tmp_path_factory.getbasetemp()
     # Under pytest-xdist every process has a folder of its own in a common one.
     return Converted.shared((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "converted")
+
+
+@pytest.fixture(scope="session")
+def library() -> Path:
+    """The native kernels that the environment names (with sanitizers, say), or else those built by the first to come here."""
+    if named := os.environ.get(VARIABLE):
+        return Path(named)
+    if shutil.which("cmake") is None or not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("the native kernels need CMake and a C++ compiler")
+    built = location()
+    built.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(built.parent / "lock"):
+        if not built.is_file():
+            try:
+                build(cuda="off")
+            except UserError as error:
+                pytest.fail(str(error))
+    return built

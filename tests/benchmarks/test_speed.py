@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from ir_convert.export.onnx.ops.library import VARIABLE
 from ir_convert.units import Forecaster, RoutedUnit, Router
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -112,10 +113,11 @@ def test_native_kernels_beside_functions(capsys):
     from speed_tables import print_point
 
     times = {"routed 0.4": [0.002, 0.002, 0.004], "native 0.4": [0.001, 0.002, 0.001], "own": [0.004, 0.004, 0.004]}
-    assert _native(times, "native 0.3", "routed 0.4") == {}
-    native = _native(times, "native 0.4", "routed 0.4")
+    assert _native(times, "0.3", "own") == {}
+    native = _native(times, "0.4", "own")
     assert native == {
         "native_ms": 1.0,
+        "native_ratio": 0.25,
         "native_to_functions": 0.5,
         "native_to_functions_quartiles": [0.375, 0.75],
     }
@@ -182,18 +184,48 @@ def test_precision_that_cannot_be_written_is_skipped(tmp_path, capsys, monkeypat
     assert "tiny, int4: skipped, not today" in capsys.readouterr().out
 
 
-def test_the_gpu_script_on_the_cpu(tmp_path, capsys):
+def test_the_gpu_script_on_the_cpu(tmp_path, capsys, monkeypatch, library):
     import gpu
 
     out = tmp_path / "gpu.json"
-    gpu.main(["--device", "cpu", "--models", "tiny", *POINTS, "--json", str(out)])
+    monkeypatch.setenv(VARIABLE, str(library))
+    gpu.main(["--device", "cpu", "--models", "tiny", *POINTS, "--batches", "1,4", "--json", str(out)])
     result = json.loads(out.read_text())
     check_records(result, result["config"]["models"]["tiny"]["overhead"])
     numerics = result["numerics"]
     assert 0 < numerics["routed_logits_off"] < gpu.LOGITS_TOLERANCE  # fp16 was really fp16
     assert numerics["routed_scores_off"] < numerics["margin"]
+    assert 0 < numerics["native_routed_logits_off"] < gpu.LOGITS_TOLERANCE
+    assert min(result["limits"].values()) > 0
+    for row in result["records"]:
+        assert row["native_ms"] > 0
+        assert set(row["shares_of_limit"]) == {"dense", "routed", "native"}
+        assert row["of_ideal_speedup"] == max(row["ideal"] / row["ratio"], row["ideal"] / row["native_ratio"])
     gpu.main(["--print", str(out)])
-    assert "| saved, asked |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| saved, asked |" in printed
+    assert "Shares of the limit" in printed
+
+
+def test_limits():
+    from speed_limits import limit_ms
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=100, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    weights = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128) + 64 * 100
+    limits = {"bytes_per_second": 1e9, "flops_per_second": 1e9}
+    step = {"tokens": 1, "cached": 9, "batch": 3, "precision": "fp16", "ideal": 0.5, "attention": 0.25}
+    cache = (
+        2 * 2 * 32 * 3 * 10 * 2
+    )  # keys and values of two layers, ten places in each of three sequences, 2 bytes each
+    assert limit_ms(config, step, limits, dense=True) == pytest.approx((2 * weights + cache) / 1e6)
+    assert limit_ms(config, step, limits, dense=False) == pytest.approx((weights + cache / 4) / 1e6)
+    prompt = step | {"tokens": 2, "cached": 0, "batch": 1}
+    core = 2 * 4 * 64 * (1 + 2)  # of two layers: each query against the keys that it sees
+    assert limit_ms(config, prompt, limits, dense=True) == pytest.approx((2 * 2 * weights + core) / 1e6)
 
 
 def test_the_gpu_script_notices_wrong_numbers(tmp_path, monkeypatch):
