@@ -1,7 +1,7 @@
 """Native kernels for the units' functions: a library that ONNX Runtime loads, built from the sources in this folder.
 
 A model is whole without it: its functions run in standard operators. Where the library is registered, its kernels replace
-the functions of domain ``ir``; see README.md for what it supports.
+the functions of domain ``ir``; docs/native-kernels.md says which.
 """
 
 from .building import build
