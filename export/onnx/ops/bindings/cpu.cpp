@@ -42,7 +42,7 @@ cpu::Contribution<T> contribution(const Tensor& bias, const Tensor& norm, float 
 template <typename T>
 Weights<T>::Weights(const Op& op, const Info& info, std::initializer_list<const char*> names) {
   for (const char* name : names) {
-    std::vector<T>& packed = packed_.emplace_back();
+    std::vector<T, HugePages<T>>& packed = packed_.emplace_back();
     const Tensor weight = info.constant(op.signature.index(name));
     if (!weight.present || weight.rank != 2) continue;
     packed.resize(best<T>().packed_size(weight.shape[0], weight.shape[1]));
@@ -52,7 +52,7 @@ Weights<T>::Weights(const Op& op, const Info& info, std::initializer_list<const 
 
 template <typename T>
 cpu::Weight<T> Weights<T>::operator()(size_t index, const Tensor& tensor) const {
-  const std::vector<T>& packed = packed_[index];
+  const std::vector<T, HugePages<T>>& packed = packed_[index];
   return {tensor.as<T>(), packed.empty() ? nullptr : packed.data(), tensor.shape[0], tensor.shape[1]};
 }
 

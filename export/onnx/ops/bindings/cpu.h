@@ -5,6 +5,7 @@
 
 #include "../kernels/cpu/units.h"
 #include "calls.h"
+#include "pages.h"
 
 namespace ir {
 
@@ -19,7 +20,7 @@ class Weights {
   cpu::Weight<T> operator()(size_t index, const Tensor& tensor) const;  // index among names
 
  private:
-  std::vector<std::vector<T>> packed_;
+  std::vector<std::vector<T, HugePages<T>>> packed_;
 };
 
 template <typename T>
