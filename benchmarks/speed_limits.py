@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 from speed_ideal import BYTES, dense_bytes, dense_flops
+from speed_measure import MOST_AT_ZERO, NATIVE
 from speed_session import Point
 from speed_tables import print_table
 from transformers import PretrainedConfig
 
 from ir_convert.families import head_dim
 
-# Of the ideal speed-up over the dense model, on an H100, in fp16 with native kernels; and how slow it may be at sparsity 0.
+# Of the ideal speed-up over the dense model, on an H100, in fp16 with native kernels.
 TARGETS = {("decode", 1, 0.4): 0.85, ("prefill", 2048, 0.4): 0.90}
-MOST_AT_ZERO = 1.03
 REPEATS = 20
 
 
@@ -68,8 +68,8 @@ def add_limits(config: PretrainedConfig, record: dict[str, Any], limits: Mapping
     """Adds each model's limit over its time to a record, and which part of the ideal speed-up the best native run reaches."""
     routed, dense = (limit_ms(config, record, limits, which) for which in (False, True))
     shares = {"routed": routed / record["routed_ms"], "dense": dense / record["dense_ms"][record["dense"]]}
-    shares |= {which: routed / record[f"{which}_ms"] for which in ("native", "native_graph") if f"{which}_ms" in record}
-    ratios = [record[f"{which}_ratio"] for which in ("native", "native_graph") if f"{which}_ratio" in record]
+    shares |= {which: routed / record[f"{which}_ms"] for which in NATIVE if f"{which}_ms" in record}
+    ratios = [record[f"{which}_ratio"] for which in NATIVE if f"{which}_ratio" in record]
     return record | {
         "limit_ms": routed,
         "shares_of_limit": shares,
@@ -99,9 +99,7 @@ def print_limits(records: Sequence[Mapping[str, Any]]) -> None:
 def _cells(record: Mapping[str, Any]) -> tuple[str, ...]:
     point = Point(record["tokens"], record["cached"], record["batch"])
     shares = record["shares_of_limit"]
-    columns = (
-        f"{shares[name]:.2f}" if name in shares else "-" for name in ("dense", "routed", "native", "native_graph")
-    )
+    columns = (f"{shares[name]:.2f}" if name in shares else "-" for name in ("dense", "routed", *NATIVE))
     reached, verdict = record["of_ideal_speedup"], "-"
     size = point.batch if point.kind == "decode" else point.tokens
     if record["asked"] == 0:

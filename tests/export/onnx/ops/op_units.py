@@ -119,6 +119,7 @@ class Unit:
 
     def check(self, got: list[NDArray]) -> None:
         """Raises AssertionError unless these outputs are right."""
+        assert [result.dtype for result in got] == [like.dtype for like in self.poisoned()]
         for result, wanted in zip(got, self.expected(), strict=True):
             if result.ndim == 4:
                 result, unused = np.split(result, [self.total], axis=2)

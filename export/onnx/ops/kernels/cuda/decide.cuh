@@ -4,6 +4,7 @@
 // cuBLAS computes the forecaster's products. The router is fp32 at every precision.
 #pragma once
 
+#include "activation.cuh"
 #include "blas.cuh"
 #include "merge.cuh"
 #include "skinny.cuh"
@@ -63,7 +64,7 @@ __global__ void __launch_bounds__(kFirstThreads) first_layers(Decide<T> d, int r
   }
 }
 
-__device__ __forceinline__ float silu(float x) { return x / (1 + expf(-x)); }
+__device__ __forceinline__ float silu(float x) { return activated(x, Activation::kSilu); }
 
 // A block takes a token: its decision, and a chunk of its forecast's columns if there are any in `first`, which holds `rank` of
 // the forecaster's and then the router's.
