@@ -19,10 +19,11 @@ from ir_convert.units import Units
 
 Flags = Mapping[Key, NDArray[np.bool_]]  # executed[B, S] by routed unit
 
-# Bytes of a projection's weight; int4 in blocks of 32 with an fp32 scale each. Forecasters are left unquantised.
+# Bytes of a weight; int4, and the int8 of its head, in blocks of 32 with an fp32 scale each. A router's last layer is too small
+# to matter.
 BYTES = {"fp32": 4.0, "fp16": 2.0, "int4": 0.5 + 4 / 32}
-FORECASTER_BYTES = {"fp32": 4.0, "fp16": 2.0, "int4": 4.0}
-ROUTER_BYTES = 4.0
+HEAD_BYTES = BYTES | {"int4": 1 + 4 / 32}
+ROUTER_BYTES = BYTES | {"fp16": 4.0}
 
 
 def dense_flops(config: PretrainedConfig, batch: int, length: int, past: int = 0) -> int:
@@ -36,7 +37,8 @@ def dense_bytes(config: PretrainedConfig, precision: str) -> float:
     """Returns the bytes of weights that a step of the dense model reads."""
     budget = Budget.of(config, {})
     # One token takes two FLOPs for a weight.
-    return BYTES[precision] / 2 * (budget.layers * budget.dense + 2 * config.hidden_size * config.vocab_size)
+    units, head = budget.layers * budget.dense / 2, config.hidden_size * config.vocab_size
+    return BYTES[precision] * units + HEAD_BYTES[precision] * head
 
 
 def _core(config: PretrainedConfig, length: int, past: int) -> NDArray[np.int64]:
@@ -74,8 +76,8 @@ def decode_ideal(config: PretrainedConfig, units: Units, steps: Sequence[Flags],
     budget = Budget.of(config, units)
     weight, dense = BYTES[precision] / 2, dense_bytes(config, precision)
     overhead = sum(
-        FORECASTER_BYTES[precision] / 2 * forecaster_flops(config.hidden_size, unit.forecaster.rank)
-        + ROUTER_BYTES / 2 * router_flops(config.hidden_size, unit.router.width)
+        BYTES[precision] / 2 * forecaster_flops(config.hidden_size, unit.forecaster.rank)
+        + ROUTER_BYTES[precision] / 2 * router_flops(config.hidden_size, unit.router.width)
         for unit in units.values()
     )
     saved = [sum(weight * budget.saved[unit] for (_, unit), flags in step.items() if not flags.any()) for step in steps]

@@ -25,7 +25,9 @@ from ir_convert.units import Units
 
 CLOSE, FAR = 0.004, 0.03  # a search for a threshold ends here; a worse result than the latter is refused
 TRIES = 10
-SAME = 0.004  # sparsity may differ by this between a plan and what is timed: a score beside the threshold, rounded otherwise
+# Sparsity may differ by this between a plan and what is timed: a score beside the threshold, rounded otherwise. In int4, where
+# activations are rounded to 8 bits, one that falls differently moves all scores after it; the ideal is then off by as much.
+SAME = 0.015
 # By functions; by native kernels, without and with CUDA graphs.
 NATIVE, GRAPH = ("native", "native_graph"), "_graph"
 ROUTED = ("routed", *NATIVE)

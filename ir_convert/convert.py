@@ -87,7 +87,7 @@ def convert(
         recipe, polish, lora, steps, units, rank, router_width, kv_cache, seed: see ``calibrate.Options``.
         device: ``auto``, ``cpu``, ``cuda`` ...
         dtype: ``auto`` (float32 in ONNX, the base model's in a checkpoint), ``float32``, ``float16`` or ``bfloat16``.
-        int4: quantise the units' projections of ONNX files, and their head to int8; forecasters and routers are not.
+        int4: quantise the units' projections of ONNX files, and their head to int8; in float32 also forecasters and routers.
         int4_method: see ``Int4``; None for ``rtn``, or what ``routing`` was calibrated on.
         calibrate_quantised: calibrate on the units as quantising leaves them.
         trace: ONNX files say with every call which tokens each unit executed.

@@ -71,7 +71,8 @@ def write(
         name: file name of the model, e.g. ``ir-llama.onnx``.
         dtype: of weights and activations: float32, float16, or bfloat16, which runs on GPUs alone.
         on_progress: called with (weights written, all weights).
-        int4: how to quantise the units' projections; None for not at all.
+        int4: how to quantise the units' projections; None for not at all. In float32 forecasters and routers are rounded to
+            the nearest in int4 as well.
         trace: adds an output that says which tokens every unit executed.
 
     Raises:

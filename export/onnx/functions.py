@@ -17,7 +17,7 @@ post_norm ``F[d]``, an RMS norm, then a factor, the attribute residual_multiplie
 
 In the domain ``ir.int4`` are the same functions for weights in int4, a domain of its own so that a library without kernels for
 them leaves them to ONNX Runtime. There ``*_weight`` is MatMulNBits' uint8 ``[out, blocks, 16]``, and after the inputs above come
-each projection's ``*_scales`` ``F[out, blocks]``, then each one's optional ``*_zero_points``; see ``int4.py``.
+each projection's ``*_scales`` ``F[out, blocks]``, then, but for Decide, each one's optional ``*_zero_points``; see ``int4.py``.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -30,6 +30,7 @@ from . import decide as decide_bodies
 from . import mlp as mlp_bodies
 from . import moe as moe_bodies
 from .body import MICROSOFT, PLAIN, Features, Inputs
+from .int4 import Int4
 from .names import tidy
 
 DOMAIN, INT4_DOMAIN, VERSION, OPSET = "ir", "ir.int4", 1, 24
@@ -39,6 +40,7 @@ DECIDE_INPUTS = (
     *("h", "threshold", "down_weight", "down_bias", "up_weight", "up_bias"),
     *("hidden_weight", "hidden_bias", "out_weight", "out_bias"),
 )
+DECIDE_PROJECTIONS = ("down", "up", "hidden")
 MLP_PROJECTIONS, ATTENTION_PROJECTIONS = ("gate", "up", "down"), ("q", "k", "v", "o")
 MLP_INPUTS = (
     *("h", "forecast", "execute", "gate_weight", "up_weight", "down_weight"),
@@ -62,7 +64,7 @@ Body = Callable[[OpBuilder, Inputs], list[ir.Value]]
 Int4Attributes = Mapping[str, Mapping[str, int]]  # of MatMulNBits, by projection
 
 
-def decide(forecasts: bool = True, dtype: ir.DataType = FLOAT) -> ir.Function:
+def decide(forecasts: bool = True, dtype: ir.DataType = FLOAT, int4: Int4 | None = None) -> ir.Function:
     """Builds ``Decide``: what a routed unit's tokens get if they do not execute, and whether they do.
 
     Inputs (``DECIDE_INPUTS``), S tokens in each of B sequences, F a float type, r a forecaster's rank, w a router's width:
@@ -71,17 +73,27 @@ def decide(forecasts: bool = True, dtype: ir.DataType = FLOAT) -> ir.Function:
         hidden_weight ``float32[d, w]``, hidden_bias, out_weight ``float32[w]``, out_bias ``float32[1]``.
     Outputs: forecast ``F[B, S, d]``, execute ``bool[B, S]``, score ``float32[B, S]``.
 
-    The router is float32 at every precision: its scores are compared with a threshold that was measured in float32.
+    The router is float32 at every precision: its scores are compared with a threshold that was measured in float32. But with
+    int4 both are in int4, which moves scores and forecasts by less than either is off by itself (docs/calibration.md). Then
+    attributes give the sizes: hidden_size d, rank r, codes r + w + 1 (int).
 
     Args:
         forecasts: whether there is a forecaster; if not, its rank is 0: up_bias is the forecast for every token.
         dtype: F.
+        int4: makes it a function for weights in int4, symmetric ones; of float32 and with a forecaster alone.
     """
     optional = ["up_bias", "hidden_bias", "out_bias"] + ["down_bias"] * forecasts
-    body = decide_bodies.ranked if forecasts else decide_bodies.constant
     outputs = ("forecast", "execute", "score")
     doc = _DECIDE if forecasts else _DECIDE_CONSTANT
-    return _function("Decide", body, DECIDE_INPUTS, outputs, optional, [], doc, dtype, None, PLAIN)
+    if int4 is None:
+        body = decide_bodies.ranked if forecasts else decide_bodies.constant
+        return _function("Decide", body, DECIDE_INPUTS, outputs, optional, [], doc, dtype, None, PLAIN)
+    inputs = DECIDE_INPUTS + tuple(f"{name}_scales" for name in DECIDE_PROJECTIONS)
+    attributes = [ir.Attr(name, ir.AttributeType.INT, None) for name in ("hidden_size", "rank", "codes")]
+    settings = dict.fromkeys(DECIDE_PROJECTIONS, int4.settings)
+    return _function(
+        "Decide", decide_bodies.quantised, inputs, outputs, optional, attributes, doc, dtype, settings, PLAIN
+    )
 
 
 def mlp(

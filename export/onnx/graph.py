@@ -106,7 +106,11 @@ class _Decoder:
         self.dtype, self.ir_dtype = dtype, from_torch_dtype(dtype)
         self.traced, self.int4 = traced, int4
         self.head_dim = head_dim(self.config)
-        domains = {DOMAIN: VERSION} if int4 is None or routing.units else {}
+        self.forecasts = any(unit.forecaster.rank for unit in routing.units.values())
+        # On a GPU, where float16 is at home, a step is bound by launches more than by bytes, and the native kernels decide.
+        quantised = int4 is not None and self.forecasts and dtype == torch.float32
+        self.decision_int4 = Int4(accuracy_level=int4.accuracy_level) if int4 is not None and quantised else None
+        domains = {DOMAIN: VERSION} if int4 is None or (routing.units and not quantised) else {}
         domains |= {} if int4 is None else {INT4_DOMAIN: VERSION}
         self.graph = ir.Graph(
             [],
@@ -244,12 +248,14 @@ class _Decoder:
 
     def _decide(self, h: ir.Value, routed: RoutedUnit, scope: str) -> tuple[ir.Value, ir.Value]:
         """Returns forecast ``[B, S, hidden]`` and execute ``[B, S]``."""
-        forecasts = any(unit.forecaster.rank for unit in self.routing.units.values())
-        inputs = {"h": h, "threshold": self.token_threshold}
-        inputs |= decision_weights(self.stored, routed, scope, forecasts)
-        function = self.functions.setdefault(("decide", True), decide(forecasts, self.ir_dtype))
+        weights, attributes = decision_weights(self.stored, routed, scope, self.forecasts, self.decision_int4)
+        inputs = {"h": h, "threshold": self.token_threshold} | weights
+        if ("decide", True) not in self.functions:
+            self.functions["decide", True] = decide(self.forecasts, self.ir_dtype, self.decision_int4)
+        function = self.functions["decide", True]
         arguments = [inputs.get(str(value.name)) for value in function.inputs]
-        forecast, execute, _ = self.builder.call(function, *arguments, _outputs=["forecast", "execute", "score"])
+        outputs = ["forecast", "execute", "score"]
+        forecast, execute, _ = self.builder.call(function, *arguments, _outputs=outputs, **attributes)
         return forecast, execute
 
     def _function(self, unit: str, routed: bool, weights: Collection[str]) -> ir.Function:

@@ -70,11 +70,16 @@ class Int4:
         """Returns what decides the weights, for metadata."""
         return {"bits": 4, "block": self.block, "method": self.method}
 
+    @property
+    def settings(self) -> dict[str, int]:
+        """MatMulNBits' attributes but for a weight's sizes."""
+        # The level is left out where unset: not every execution provider knows it.
+        level = {"accuracy_level": self.accuracy_level} if self.accuracy_level else {}
+        return {"bits": 4, "block_size": self.block} | level
+
     def attributes(self, outputs: int, inputs: int) -> dict[str, int]:
         """Returns MatMulNBits' attributes for a weight ``[outputs, inputs]``."""
-        # Left out where unset: not every execution provider knows it.
-        level = {"accuracy_level": self.accuracy_level} if self.accuracy_level else {}
-        return {"K": inputs, "N": outputs, "bits": 4, "block_size": self.block} | level
+        return {"K": inputs, "N": outputs} | self.settings
 
     def blocks(self, inputs: int) -> int:
         """Returns how many blocks a row of this width has."""

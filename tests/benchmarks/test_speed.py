@@ -61,15 +61,18 @@ def test_prefill_ideal_with_a_cache(counted):
     assert prefill_ideal(*counted, flags, past=5) == pytest.approx((dense - 2 * 128 - 32 * 6 + 4 * 59) / dense)
 
 
-@pytest.mark.parametrize(("precision", "weight", "forecaster"), [("fp32", 4, 4), ("fp16", 2, 2), ("int4", 0.625, 4)])
-def test_decode_reads_what_any_of_the_batch_executes(counted, precision, weight, forecaster):
+@pytest.mark.parametrize(
+    ("precision", "weight", "head", "router"), [("fp32", 4, 4, 4), ("fp16", 2, 2, 4), ("int4", 0.625, 1.125, 0.625)]
+)
+def test_decode_reads_what_any_of_the_batch_executes(counted, precision, weight, head, router):
     from speed_ideal import decode_ideal
 
     one = {(0, "attention"): np.array([[True], [False]]), (0, "mlp"): np.array([[False], [False]])}
     none = {key: np.zeros((2, 1), bool) for key in one}
-    dense, overhead = weight * (576 + 80), 2 * (32 * forecaster + 27 * 4)
-    read = (weight * (192 + 80) + weight * (64 + 80)) / 2  # without the MLP; without q and o as well
-    assert decode_ideal(*counted, [one, none], precision) == pytest.approx((read + overhead) / dense)
+    always = 80 * head + 2 * (32 * weight + 27 * router)
+    read = (weight * 192 + weight * 64) / 2  # without the MLP; without q and o as well
+    dense = weight * 576 + 80 * head
+    assert decode_ideal(*counted, [one, none], precision) == pytest.approx((read + always) / dense)
 
 
 def test_threshold_is_found_or_refused():

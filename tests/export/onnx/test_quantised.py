@@ -1,5 +1,7 @@
 """Quantised models as a whole: the head in int8, and an int4 file beside what its weights come back as."""
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -17,7 +19,9 @@ from ir_convert.errors import UserError
 from ir_convert.export.onnx import write
 from ir_convert.export.onnx.int4 import Int4, dequantised
 from ir_convert.export.onnx.int8 import ATTRIBUTES, quantise
+from ir_convert.routing import Routing
 from ir_convert.runtime import OnnxModel
+from ir_convert.units import RoutedUnit
 
 
 class Rounded:
@@ -31,6 +35,18 @@ class Rounded:
 
     def facts(self) -> dict[str, object]:
         return self.int4.facts()
+
+
+def rounded_decisions(routing: Routing) -> Routing:
+    """Forecasters and routers as an int4 file holds them: always rounded to the nearest, whatever the units' method."""
+
+    def rounded(unit: RoutedUnit) -> RoutedUnit:
+        down, up, hidden = (
+            dequantised(weight, Int4()) for weight in (unit.forecaster.down, unit.forecaster.up, unit.router.hidden)
+        )
+        return RoutedUnit(replace(unit.forecaster, down=down, up=up), replace(unit.router, hidden=hidden))
+
+    return replace(routing, units={key: rounded(unit) for key, unit in routing.units.items()})
 
 
 @settings(max_examples=30, deadline=None)
@@ -69,10 +85,11 @@ def test_int4_model(name, method, tmp_path):
     write(checkpoint, routing, tmp_path / "onnx", "m.onnx", int4=int4)
     onnx.checker.check_model(tmp_path / "onnx" / "m.onnx", full_check=True)
     proto = onnx.load(tmp_path / "onnx" / "m.onnx", load_external_data=False)
-    assert {node.domain for node in proto.graph.node if "Routed" in node.op_type} == {"ir.int4"}
+    called = {node.op_type: node.domain for node in proto.graph.node if node.domain.startswith("ir")}
+    assert called == dict.fromkeys(("Decide", "RoutedAttention", "RoutedMLP"), "ir.int4")
 
     rounded = checkpoint.quantised(Rounded(int4))
-    reference = StreamReference(rounded, routing)
+    reference = StreamReference(rounded, rounded_decisions(routing))
     model = OnnxModel.load(tmp_path / "onnx", threads=1)
     torch.manual_seed(0)
     ids, mask = torch.randint(3, 131, (3, 12)), torch.ones(3, 12, dtype=torch.long)
@@ -83,9 +100,12 @@ def test_int4_model(name, method, tmp_path):
         assert expected.margin > 1e-5
         logits = torch.from_numpy(model.logits(ids.numpy(), mask.numpy()))
         real = mask.bool()
-        error = (logits - expected.logits)[real].std() / expected.logits[real].std()
-        assert error < 0.02  # the head alone rounds activations to int8
-        assert logits.argmax(-1)[real].eq(expected.logits.argmax(-1)[real]).float().mean() > 0.9
+        off = (logits - expected.logits)[real].std()
+        assert off < 0.02 * expected.logits[real].std()  # the head alone rounds activations to int8
+        best, second = expected.logits[real].topk(2).values.unbind(-1)
+        clear = best - second > 8 * off
+        assert clear.float().mean() > 0.25
+        assert logits.argmax(-1)[real][clear].equal(expected.logits.argmax(-1)[real][clear])
 
 
 def test_int8_refuses_what_is_not_finite():
