@@ -83,7 +83,11 @@ FILE = click.Path(path_type=Path)
     help="Precision of what is written; auto: float32 in ONNX, the base model's in a checkpoint. "
     "ONNX in bfloat16 runs on GPUs alone.",
 )
-@click.option("--int4", is_flag=True, help="Quantise the units of ONNX files to 4 bits (in float32 also what decides), the head to 8.")
+@click.option(
+    "--int4",
+    is_flag=True,
+    help="Quantise the units of ONNX files to 4 bits (in float32 also what decides), the head to 8.",
+)
 @click.option(
     "--int4-method",
     type=click.Choice(INT4_METHODS),

@@ -12,11 +12,9 @@ logits = head(norm(x))
 """
 
 import json
-import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -35,6 +33,7 @@ from .decide import decision_weights
 from .functions import DOMAIN, INT4_DOMAIN, OPSETS, OPTIONAL, VERSION, attention, decide, mlp, moe
 from .int4 import Int4
 from .int8 import ATTRIBUTES, int8_tensors
+from .metadata import metadata
 from .names import tidy
 from .positions import attention_masks, new_tokens, slots, step_biases, token_threshold
 from .rotary import rotations
@@ -69,31 +68,6 @@ def decoder(
         A model whose weights are read from the checkpoint while it is being saved.
     """
     return _Decoder(checkpoint, routing, dtype, int4, traced).build()
-
-
-def metadata(checkpoint: Checkpoint, routing: Routing) -> dict[str, Any]:
-    """Returns what the model file says about itself (JSON, property ``ir_convert``)."""
-    threshold = routing.threshold
-
-    def sizes(size: Callable[[RoutedUnit], int]) -> dict[str, list[int | None]]:
-        """By unit, then by layer; null for a unit that is not routed."""
-        known = {key: size(unit) for key, unit in routing.units.items()}
-        layers = range(checkpoint.config.num_hidden_layers)
-        return {unit: [known.get((layer, unit)) for layer in layers] for unit in UNITS}
-
-    return {
-        "version": ir_convert.__version__,
-        "base_model": routing.metadata.get("base_model", checkpoint.name),
-        "weights_sha256": routing.metadata.get("weights_sha256"),
-        "family": checkpoint.config.model_type,
-        "recipe": routing.metadata.get("recipe"),
-        "rank": sizes(lambda unit: unit.forecaster.rank),
-        "router_width": sizes(lambda unit: unit.router.width),
-        "kv_cache": routing.kv_cache,
-        "sparsity": routing.sparsity,
-        "threshold": threshold if math.isfinite(threshold) else str(threshold),  # JSON has no infinity
-        "sparsity_curve": {"sparsity": routing.curve.sparsity, "threshold": routing.curve.threshold},
-    }
 
 
 class _Decoder:

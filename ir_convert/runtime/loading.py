@@ -40,7 +40,7 @@ class Model:
     """What a model file says of itself.
 
     Attributes:
-        metadata: see ``ir_convert.export.onnx.graph.metadata``.
+        metadata: see ``ir_convert.export.onnx.metadata``.
         functions: by (domain, name), the inputs of each function that it holds.
         dtype: of its units: ``float32``, ``float16`` or ``bfloat16``.
     """

@@ -37,7 +37,7 @@ class OnnxModel:
     Attributes:
         path: the model file; tokenizer and configuration lie beside it.
         session: the session.
-        metadata: what the model says about itself; see ``ir_convert.export.onnx.graph.metadata``.
+        metadata: what the model says about itself; see ``ir_convert.export.onnx.metadata``.
         threshold: a unit executes a token whose score is above it; -inf is the dense model.
         saved: the share of FLOPs that the last call saved on its real tokens, forecasters and routers paid for.
         executed: which tokens the last call's units executed, bool ``[layers, 2, B, S]`` (attention, MLP); None for a model
