@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import subprocess
 import sys
 
 import numpy as np
@@ -13,7 +12,7 @@ from op_units import Unit
 
 HALF, SINGLE = np.float16, np.float32
 DTYPES = [SINGLE, HALF, BFLOAT16]
-SANITIZED = "IR_CUDA_SANITIZED"  # in the environment of a process that has the sanitizers' runtime
+SANITIZED = "IR_CUDA_SANITIZED"  # in the environment of a process that has the sanitizers' runtime: .ci/sanitize
 
 
 @pytest.fixture(scope="session")
@@ -146,20 +145,3 @@ def test_any_order_of_threads(emulator, length, dtype):
 def test_unsupported_head(emulator):
     with pytest.raises(RuntimeError, match="heads of 20 components"):
         emulator.run(random_attention(np.random.default_rng(0), 1, 2, 5, None, (2, 1), 20))
-
-
-@pytest.mark.skipif(SANITIZED in os.environ, reason="this is the process with the sanitizers")
-def test_sanitizers(emulator):
-    """Runs tests of each kind again, in a process with AddressSanitizer and UndefinedBehaviorSanitizer."""
-    runtime = subprocess.run(
-        ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    if not os.path.isabs(runtime):
-        pytest.skip("g++ has no AddressSanitizer")
-    environment = os.environ | {SANITIZED: "1", "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0"}
-    chosen = "any_order or any_width or (options and 0-True-True)"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__, "-k", chosen],
-        env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
