@@ -27,7 +27,7 @@ CLOSE, FAR = 0.004, 0.03  # a search for a threshold ends here; a worse result t
 TRIES = 10
 # Sparsity may differ by this between a plan and what is timed: a score beside the threshold, rounded otherwise. In int4, where
 # activations are rounded to 8 bits, one that falls differently moves all scores after it; the ideal is then off by as much.
-SAME = 0.015
+SAME = {"fp32": 0.004, "fp16": 0.004, "int4": 0.015}
 # By functions; by native kernels, without and with CUDA graphs.
 NATIVE, GRAPH = ("native", "native_graph"), "_graph"
 ROUTED = ("routed", *NATIVE)
@@ -41,10 +41,15 @@ Tokens = Sequence[NDArray[np.int64]]
 
 @dataclass
 class Plan:
-    """What one point is run with: tokens of its steps, and for every sparsity asked a threshold and what comes of it."""
+    """What one point is run with: tokens of its steps, and for every sparsity asked a threshold and what comes of it.
+
+    Attributes:
+        precision: of the model: fp32, fp16 or int4.
+    """
 
     point: Point
     steps: Tokens
+    precision: str
     chosen: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -62,9 +67,9 @@ def plan(
     starts = dict.fromkeys(asked, 0.0)
     plans = []
     for point in points:
-        this = Plan(point, draw_tokens(probe.config, point, steps))
+        this = Plan(point, draw_tokens(probe.config, point, steps), precision)
         for wanted in asked:
-            row = _choose(probe, units, this, wanted, starts[wanted], precision)
+            row = _choose(probe, units, this, wanted, starts[wanted])
             if wanted:
                 starts[wanted] = row["threshold"]  # other tokens of the same model want about the same one
             this.chosen.append(row)
@@ -72,7 +77,7 @@ def plan(
     return plans
 
 
-def _choose(probe: Probe, units: Units, this: Plan, wanted: float, start: float, precision: str) -> dict[str, float]:
+def _choose(probe: Probe, units: Units, this: Plan, wanted: float, start: float) -> dict[str, float]:
     tried: dict[float, list[dict[str, Any]]] = {}
 
     def run(threshold: float) -> float:
@@ -90,7 +95,7 @@ def _choose(probe: Probe, units: Units, this: Plan, wanted: float, start: float,
     if abs(counted - said) > 1e-3:
         raise RuntimeError(f"the model says it saved {said:.4f}, its decisions say {counted:.4f}")
     ideal = (
-        decode_ideal(config, units, flags, precision)
+        decode_ideal(config, units, flags, this.precision)
         if this.point.kind == "decode"
         else prefill_ideal(config, units, flags[0])
     )
@@ -200,7 +205,7 @@ def compare(
         for row in this.chosen:
             name = f"routed {row['asked']:g}"
             ratio, quartiles = _ratio(times[name], times[fastest])
-            if abs(runners[name].saved() - row["achieved"]) > SAME:
+            if abs(runners[name].saved() - row["achieved"]) > SAME[this.precision]:
                 raise RuntimeError(f"{name} saved {runners[name].saved():.4f}; the plan was {row['achieved']:.4f}")
             yield {
                 "kind": this.point.kind,
