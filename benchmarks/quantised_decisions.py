@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
+import from_source  # noqa: F401
 import torch
-from from_source import ROOT  # noqa: F401
+from quality_measure import Routed, figures, interpolate
 from quality_setting import read_text
 from torch import Tensor
 
@@ -21,14 +21,13 @@ from ir_convert.calibrate import Options
 from ir_convert.calibrate.recipes import fit
 from ir_convert.checkpoint import Checkpoint
 from ir_convert.data import Source, read_blocks
-from ir_convert.evaluate import measure
 from ir_convert.export.onnx.int4 import Int4, dequantised
 from ir_convert.export.onnx.int8 import quantise
 from ir_convert.progress import Silent
 from ir_convert.stream import Team, Work
 from ir_convert.units import RoutedUnit
 
-AROUND = (-0.1, 0.0, 0.1)  # thresholds around the calibrated one
+STEP = 0.1  # to the thresholds on either side of the calibrated one
 Rounding = Callable[[Tensor], Tensor]
 
 
@@ -78,15 +77,12 @@ def main() -> None:
     print(f"{'':<22}{'perplexity':>12}{'KL':>9}{'set':>9}")
     for name, ways in WAYS.items():
         units = {key: rounded(unit, *ways) for key, unit in fitted.units.items()}
-        thresholds = [fitted.near[1] + step for step in AROUND]
-        measured = measure(fitted.decoder, units, ids, thresholds, options.kv_cache)
-        around = [measured.quality(1 + k) for k in range(len(thresholds))]
-        saved = [quality.sparsity for quality in around]
-        loss, kl = (
-            float(np.interp(args.sparsity, saved, values))
-            for values in ([math.log(q.perplexity) for q in around], [q.kl for q in around])
-        )
-        print(f"{name:<22}{math.exp(loss):>12.3f}{kl:>9.4f}{saved[1]:>9.4f}", flush=True)
+        threshold = fitted.near[1]
+        routed = Routed(units, fitted.decoder, options.kv_cache, threshold, STEP)
+        _, *around = figures(routed, ids, [threshold - STEP, threshold, threshold + STEP])
+        exact = interpolate(around, args.sparsity)
+        row = math.exp(exact["log_perplexity"]), exact["kl"], around[1]["achieved"]
+        print("{:<22}{:>12.3f}{:>9.4f}{:>9.4f}".format(name, *row), flush=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from ir_convert.units import RoutedUnit
 
 from .body import MICROSOFT, Inputs, reference
-from .int4 import Int4, int4_tensors
+from .int4 import Int4
 from .stored import Stored
 
 ONE = 1.2784645427610738  # silu(ONE) = 1
@@ -117,12 +117,7 @@ def decision_weights(
 
     def matrix(short: str, name: str, tensor: Tensor, dtype: torch.dtype = torch.float32) -> dict[str, ir.Value]:
         outputs, inputs = tensor.shape
-        if int4 is None:
-            shape = (outputs, inputs)
-            weight = stored.initializer(f"{prefix}.{name}", shape, lambda: tensor, dtype, transpose=True)
-            return {f"{short}_weight": weight}
-        parts = int4_tensors(f"{prefix}.{name}", (outputs, inputs), lambda: tensor, int4, dtype)
-        return {f"{short}_{part}": stored.add(lazy) for part, lazy in parts.items()}
+        return stored.matrix(short, f"{prefix}.{name}", (outputs, inputs), lambda: tensor, dtype, int4)
 
     weights = matrix("hidden", "router.hidden", router.hidden) | {
         "up_bias": vector("forecaster.bias", forecaster.bias, stored.dtype),

@@ -84,16 +84,15 @@ def decide(forecasts: bool = True, dtype: ir.DataType = FLOAT, int4: Int4 | None
     """
     optional = ["up_bias", "hidden_bias", "out_bias"] + ["down_bias"] * forecasts
     outputs = ("forecast", "execute", "score")
-    doc = _DECIDE if forecasts else _DECIDE_CONSTANT
-    if int4 is None:
-        body = decide_bodies.ranked if forecasts else decide_bodies.constant
-        return _function("Decide", body, DECIDE_INPUTS, outputs, optional, [], doc, dtype, None, PLAIN)
-    inputs = DECIDE_INPUTS + tuple(f"{name}_scales" for name in DECIDE_PROJECTIONS)
-    attributes = [ir.Attr(name, ir.AttributeType.INT, None) for name in ("hidden_size", "rank", "codes")]
-    settings = dict.fromkeys(DECIDE_PROJECTIONS, int4.settings)
-    return _function(
-        "Decide", decide_bodies.quantised, inputs, outputs, optional, attributes, doc, dtype, settings, PLAIN
-    )
+    body, doc = (decide_bodies.ranked, _DECIDE) if forecasts else (decide_bodies.constant, _DECIDE_CONSTANT)
+    inputs: tuple[str, ...] = DECIDE_INPUTS
+    attributes, settings = [], None
+    if int4 is not None:
+        body = decide_bodies.quantised
+        inputs += tuple(f"{name}_scales" for name in DECIDE_PROJECTIONS)
+        attributes = [ir.Attr(name, ir.AttributeType.INT, None) for name in ("hidden_size", "rank", "codes")]
+        settings = dict.fromkeys(DECIDE_PROJECTIONS, int4.settings)
+    return _function("Decide", body, inputs, outputs, optional, attributes, doc, dtype, settings, PLAIN)
 
 
 def mlp(

@@ -82,9 +82,10 @@ class _Decoder:
         self.head_dim = head_dim(self.config)
         self.forecasts = any(unit.forecaster.rank for unit in routing.units.values())
         # On a GPU, where float16 is at home, a step is bound by launches more than by bytes, and the native kernels decide.
-        quantised = int4 is not None and self.forecasts and dtype == torch.float32
-        self.decision_int4 = Int4(accuracy_level=int4.accuracy_level) if int4 is not None and quantised else None
-        domains = {DOMAIN: VERSION} if int4 is None or (routing.units and not quantised) else {}
+        self.decision_int4: Int4 | None = None
+        if int4 is not None and self.forecasts and dtype == torch.float32:
+            self.decision_int4 = Int4(accuracy_level=int4.accuracy_level)
+        domains = {DOMAIN: VERSION} if int4 is None or (routing.units and self.decision_int4 is None) else {}
         domains |= {} if int4 is None else {INT4_DOMAIN: VERSION}
         self.graph = ir.Graph(
             [],

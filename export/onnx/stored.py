@@ -42,6 +42,26 @@ class Stored:
         """Adds one of the checkpoint's tensors."""
         return self.initializer(name, shape, lambda: self._checkpoint.read(name), self.dtype, transpose)
 
+    def matrix(
+        self,
+        short: str,
+        name: str,
+        shape: tuple[int, int],
+        read: Callable[[], torch.Tensor],
+        dtype: torch.dtype,
+        int4: Int4 | None,
+    ) -> dict[str, ir.Value]:
+        """Adds a linear layer's weight ``[out, in]``, quantised where ``int4`` says how; returns its parts as signatures name them.
+
+        Args:
+            short: the layer's name in the signature: ``short_weight``, and in int4 ``short_scales``, ``short_zero_points``.
+            name: of the tensor.
+        """
+        if int4 is None:
+            return {f"{short}_weight": self.initializer(name, shape, read, dtype, transpose=True)}
+        parts = int4_tensors(name, shape, read, int4, dtype)
+        return {f"{short}_{part}": self.add(tensor) for part, tensor in parts.items()}
+
     def norm(self, name: str, width: int) -> ir.Value:
         """Adds an RMS norm's weight ``[width]``, as RMSNormalization multiplies by it."""
         offset = self._family.norm_offset
@@ -63,18 +83,14 @@ class Stored:
         places, sizes = self._family.unit(unit), projection_sizes(self._config)
         inside = f"{self._family.layers}.{layer}"
         module = f"{inside}.{places.module}"
-        weights = {}
+        weights: dict[str, ir.Value] = {}
         if places.experts is not None:
             return self._mixture(module)
         for projection in places.kept + places.skipped:
             short, (inputs, outputs) = short_name(projection), sizes[projection]
             name, read = f"{module}.{projection}.weight", self._reader(module, unit, projection, "weight")
             assert read is not None
-            if self._int4 is None:
-                weights[f"{short}_weight"] = self.initializer(name, (outputs, inputs), read, self.dtype, transpose=True)
-            else:
-                parts = int4_tensors(name, (outputs, inputs), read, self._int4, self.dtype)
-                weights |= {f"{short}_{part}": self.add(tensor) for part, tensor in parts.items()}
+            weights |= self.matrix(short, name, (outputs, inputs), read, self.dtype, self._int4)
             if (read := self._reader(module, unit, projection, "bias")) is not None:
                 weights[f"{short}_bias"] = self.initializer(f"{module}.{projection}.bias", (outputs,), read, self.dtype)
         for name in places.extras:
