@@ -15,9 +15,9 @@ from .refit import ACTIVATION_STEPS
 from .router import BATCH as ROUTER_BATCH
 from .router import STEPS as ROUTER_STEPS
 
-# Passes over the model that a token of each part makes: forward 1, backward 1 + 2 for each probe, refit 1; the thresholds of
+# Passes over the model that a token of each part makes: forward 1, backward 1 + 2 for each probe, refit 2; the thresholds of
 # both measurements; dense and routed.
-FIT_PASSES, THRESHOLD_PASSES, TEST_PASSES = 3 + 2 * PROBES, 20, 2
+FIT_PASSES, THRESHOLD_PASSES, TEST_PASSES = 4 + 2 * PROBES, 20, 2
 QUANTISED_BYTES = 0.7  # of an int4 weight: 4 bits, and its share of a block's fp32 scale and zero point
 
 

@@ -7,7 +7,7 @@ from ..decoder import Decoder, Layer
 from ..families import UNITS
 from ..flops import Key
 from ..progress import Reporter
-from ..stream import Result, States, Team, Work, by_layer, chunks, embed, named, require_finite, sweep
+from ..stream import Result, States, Team, Work, by_layer, chunks, named, require_finite, sweep
 from ..units import RoutedUnit, Units, merge
 from .forecaster import Moments, train_activation
 from .options import Options
@@ -31,13 +31,15 @@ def refit(
 ) -> Units:
     """Returns the units with new forecasters.
 
-    Tokens that the router approximates weigh 1, the others 0.3: the forecaster serves the former, the latter keep it from
-    overfitting and let the threshold move later.
+    A forecaster is fitted to what leads a token that it serves back to where the dense model has it after the unit: to the
+    unit's own output and, as far as the hidden state tells, to what earlier approximations left out. (So AdaRound, Nagel et
+    al. 2020, rounds a layer: inputs as they will be, outputs as they were.) Tokens that the router executes count with the
+    unit's output alone, and 0.3 times: they keep the forecaster from overfitting and let the threshold move later.
 
     Args:
         ids: this process's blocks ``[blocks, sequence]``, of ``count`` over all processes.
     """
-    shape = (*ids.shape, decoder.config.hidden_size)
+    shape = (len(ids), 2, ids.shape[1], decoder.config.hidden_size)  # the routed stream, and the dense one
     sample = team.sample(count, ids.shape[1], decoder.device)
     steps = ACTIVATION_STEPS if activation_steps is None else activation_steps
     units = {key: unit.to(decoder.device) for key, unit in units.items()}
@@ -48,10 +50,10 @@ def refit(
         before = source
         for unit in UNITS:
             routed = units.get((index, unit))
-            inputs, outputs, executes, weights = [], [], [], []
+            inputs, outputs, goals, executes, weights = [], [], [], [], []
             moments = Moments(shape[-1], shape[-1], decoder.device)
-            for rows in chunks(*ids.shape):
-                x = before[rows].to(decoder.device)
+            for rows in chunks(len(ids), 2 * ids.shape[1]):
+                x, dense = before[rows].to(decoder.device).unbind(1)
                 h = layer.norm(unit, x)
                 execute = (
                     routed.execute(h, threshold)
@@ -61,33 +63,38 @@ def refit(
                 strict = routed and unit == "attention" and options.kv_cache == "strict"
                 y = layer.contribution(unit, x, execute if strict else None)
                 require_finite(y, index, unit, rows)
+                dense = dense + layer.contribution(unit, dense)
                 if routed:
+                    goal = merge(execute, y, dense - x)
                     weights.append(torch.where(execute, EXECUTED_WEIGHT, 1.0).flatten())
-                    moments.add(h, y, weights[-1])
+                    moments.add(h, goal, weights[-1])
                     inputs.append(h.flatten(0, 1))
                     outputs.append(y.flatten(0, 1))
+                    goals.append(goal.flatten(0, 1))
                     executes.append(execute.flatten())
                 else:
-                    target[rows] = (x + y).cpu()
+                    x = x + y
+                target[rows] = torch.stack([x, dense], 1).cpu()
+            before = target
             if not routed:
-                before = target
                 continue
-            h, y, execute, weight = (torch.cat(parts) for parts in (inputs, outputs, executes, weights))
-            del inputs, outputs
+            h, y, goal, execute, weight = (torch.cat(parts) for parts in (inputs, outputs, goals, executes, weights))
+            del inputs, outputs, goals
             forecaster, _ = moments.share(team).fit(ranks[index, unit])
             with torch.enable_grad():
                 seed = options.seed + 1000 * index + len(unit)
-                forecaster = train_activation(forecaster, h, y, weight, steps, seed, sample)
+                forecaster = train_activation(forecaster, h, goal, weight, steps, seed, sample)
             result |= named(unit, RoutedUnit(forecaster, routed.router).tensors())
-            for rows in chunks(*ids.shape):
+            for rows in chunks(len(ids), 2 * ids.shape[1]):
                 flat = slice(rows.start * ids.shape[1], rows.stop * ids.shape[1])
-                change = merge(execute[flat], y[flat], forecaster(h[flat])).cpu()
-                target[rows] = before[rows] + change.view(-1, *shape[1:])
-            before = target
+                both = target[rows]
+                both[:, 0] += merge(execute[flat], y[flat], forecaster(h[flat])).cpu().view_as(both[:, 0])
+                target[rows] = both
         return result or {"done": torch.ones(1)}
 
-    results, states = sweep(
-        decoder, work, "refit", report, shape, lambda x: embed(decoder, ids, x), step, tokens=ids.numel()
-    )
+    def start(target: States) -> None:
+        target[slice(0, len(ids))] = decoder.embed(ids).unsqueeze(1).expand(shape)
+
+    results, states = sweep(decoder, work, "refit", report, shape, start, step, tokens=ids.numel())
     states[-1].discard()
     return {key: RoutedUnit.from_tensors(t) for key, t in by_layer(results, options.units).items() if key in units}

@@ -25,17 +25,18 @@ def checkpoint(tmp_path_factory):
 
 @torch.no_grad()
 def met(decoder, units, ids, kv_cache):
-    """Yields (key, h, y, execute) as the routed model with these units meets them, one layer after the other."""
-    x = decoder.embed(ids)
+    """Yields (key, h, goal, execute) as the routed model with these units meets them, one layer after the other."""
+    x = dense = decoder.embed(ids)
     for index, layer in decoder.layers():
         for unit in UNITS:
             h, routed = layer.norm(unit, x), units.get((index, unit))
+            dense = dense + layer.contribution(unit, dense)
             if routed is None:
                 x = x + layer.contribution(unit, x)
                 continue
             execute = routed.router(h) > THRESHOLD
             y = layer.contribution(unit, x, execute if unit == "attention" and kv_cache == "strict" else None)
-            yield (index, unit), h, y, execute
+            yield (index, unit), h, torch.where(execute[..., None], y, dense - x), execute
             x = x + torch.where(execute[..., None], y, routed.forecaster(h))
 
 
@@ -53,14 +54,14 @@ def test_forecasters_fit_the_routed_stream(kv_cache, kinds, checkpoint, monkeypa
 
     after, shares = run(0), []
     assert list(after) == list(before)
-    for key, h, y, execute in met(decoder, after, ids, kv_cache):
+    for key, h, goal, execute in met(decoder, after, ids, kv_cache):
         assert after[key].forecaster.rank == ranks[key]
         for name, tensor in vars(before[key].router).items():
             assert torch.equal(tensor, getattr(after[key].router, name))
         moments = Moments(h.shape[-1], h.shape[-1], h.device)
-        moments.add(h, y, torch.where(execute, refit.EXECUTED_WEIGHT, 1.0))
+        moments.add(h, goal, torch.where(execute, refit.EXECUTED_WEIGHT, 1.0))
         expected, _ = moments.fit(ranks[key])
-        assert (after[key].forecaster(h) - expected(h)).abs().max() < 1e-3 * y.std(), key
+        assert (after[key].forecaster(h) - expected(h)).abs().max() < 1e-3 * goal.std(), key
         shares.append(execute.float().mean())
     assert 0.1 < torch.stack(shares).mean() < 0.9  # routing does decide
 
