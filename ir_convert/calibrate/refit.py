@@ -1,5 +1,7 @@
 """One routed pass over the fit blocks: forecasters are fitted again to the tokens they serve, as earlier ones change the stream."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -39,62 +41,82 @@ def refit(
     Args:
         ids: this process's blocks ``[blocks, sequence]``, of ``count`` over all processes.
     """
-    shape = (len(ids), 2, ids.shape[1], decoder.config.hidden_size)  # the routed stream, and the dense one
-    sample = team.sample(count, ids.shape[1], decoder.device)
+    blocks, sequence = ids.shape
+    shape = (blocks, 2, sequence, decoder.config.hidden_size)  # the routed stream, and the dense one
+    sample = team.sample(count, sequence, decoder.device)
     steps = ACTIVATION_STEPS if activation_steps is None else activation_steps
     units = {key: unit.to(decoder.device) for key, unit in units.items()}
 
     @torch.no_grad()
     def step(index: int, layer: Layer, source: States, target: States) -> Result:
         result: Result = {}
-        before = source
         for unit in UNITS:
-            routed = units.get((index, unit))
-            inputs, outputs, goals, executes, weights = [], [], [], [], []
-            moments = Moments(shape[-1], shape[-1], decoder.device)
-            for rows in chunks(len(ids), 2 * ids.shape[1]):
-                x, dense = before[rows].to(decoder.device).unbind(1)
-                h = layer.norm(unit, x)
-                execute = (
-                    routed.execute(h, threshold)
-                    if routed
-                    else torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
-                )
-                strict = routed and unit == "attention" and options.kv_cache == "strict"
-                y = layer.contribution(unit, x, execute if strict else None)
-                require_finite(y, index, unit, rows)
-                dense = dense + layer.contribution(unit, dense)
-                if routed:
-                    goal = merge(execute, y, dense - x)
-                    weights.append(torch.where(execute, EXECUTED_WEIGHT, 1.0).flatten())
-                    moments.add(h, goal, weights[-1])
-                    inputs.append(h.flatten(0, 1))
-                    outputs.append(y.flatten(0, 1))
-                    goals.append(goal.flatten(0, 1))
-                    executes.append(execute.flatten())
-                else:
-                    x = x + y
-                target[rows] = torch.stack([x, dense], 1).cpu()
-            before = target
-            if not routed:
+            before = source if unit == UNITS[0] else target
+            if (routed := units.get((index, unit))) is None:
+                for rows in chunks(blocks, 2 * sequence):
+                    x, dense = before[rows].to(decoder.device).unbind(1)
+                    y = layer.contribution(unit, x)
+                    require_finite(y, index, unit, rows)
+                    target[rows] = torch.stack([x + y, dense + layer.contribution(unit, dense)], 1).cpu()
                 continue
-            h, y, goal, execute, weight = (torch.cat(parts) for parts in (inputs, outputs, goals, executes, weights))
-            del inputs, outputs, goals
+            met = _meet(index, layer, unit, routed, threshold, before, target, options)
+            moments = Moments(shape[-1], shape[-1], decoder.device)
+            for rows in chunks(len(met.h), 1):
+                moments.add(met.h[rows], met.goal[rows], met.weight[rows])
             forecaster, _ = moments.share(team).fit(ranks[index, unit])
             with torch.enable_grad():
                 seed = options.seed + 1000 * index + len(unit)
-                forecaster = train_activation(forecaster, h, goal, weight, steps, seed, sample)
+                forecaster = train_activation(forecaster, met.h, met.goal, met.weight, steps, seed, sample)
             result |= named(unit, RoutedUnit(forecaster, routed.router).tensors())
-            for rows in chunks(len(ids), 2 * ids.shape[1]):
-                flat = slice(rows.start * ids.shape[1], rows.stop * ids.shape[1])
-                both = target[rows]
-                both[:, 0] += merge(execute[flat], y[flat], forecaster(h[flat])).cpu().view_as(both[:, 0])
-                target[rows] = both
+            for rows in chunks(blocks, 2 * sequence):
+                flat = slice(rows.start * sequence, rows.stop * sequence)
+                change = merge(met.execute[flat], met.y[flat], forecaster(met.h[flat])).cpu()
+                streams = target[rows]
+                streams[:, 0] += change.view_as(streams[:, 0])
+                target[rows] = streams
         return result or {"done": torch.ones(1)}
 
     def start(target: States) -> None:
-        target[slice(0, len(ids))] = decoder.embed(ids).unsqueeze(1).expand(shape)
+        target[slice(0, blocks)] = decoder.embed(ids).unsqueeze(1).expand(shape)
 
     results, states = sweep(decoder, work, "refit", report, shape, start, step, tokens=ids.numel())
     states[-1].discard()
     return {key: RoutedUnit.from_tensors(t) for key, t in by_layer(results, options.units).items() if key in units}
+
+
+@dataclass
+class _Met:
+    """What a unit meets on the routed stream: inputs, outputs and goals ``[tokens, hidden]``, decisions, weights ``[tokens]``."""
+
+    h: Tensor
+    y: Tensor
+    goal: Tensor
+    execute: Tensor
+    weight: Tensor
+
+
+def _meet(
+    index: int,
+    layer: Layer,
+    unit: str,
+    routed: RoutedUnit,
+    threshold: float,
+    before: States,
+    target: States,
+    options: Options,
+) -> _Met:
+    """Runs a unit on both streams; ``target`` gets the dense one after it, and the routed one as it was before."""
+    blocks, _, sequence, _ = before.shape
+    seen = []
+    for rows in chunks(blocks, 2 * sequence):
+        x, dense = before[rows].to(routed.router.hidden.device).unbind(1)
+        h = layer.norm(unit, x)
+        execute = routed.execute(h, threshold)
+        strict = unit == "attention" and options.kv_cache == "strict"
+        y = layer.contribution(unit, x, execute if strict else None)
+        require_finite(y, index, unit, rows)
+        dense = dense + layer.contribution(unit, dense)
+        target[rows] = torch.stack([x, dense], 1).cpu()
+        weight = torch.where(execute, EXECUTED_WEIGHT, 1.0)
+        seen.append(tuple(part.flatten(0, 1) for part in (h, y, merge(execute, y, dense - x), execute, weight)))
+    return _Met(*(torch.cat(parts) for parts in zip(*seen, strict=True)))
