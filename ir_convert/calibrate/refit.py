@@ -9,13 +9,16 @@ from ..decoder import Decoder, Layer
 from ..families import UNITS
 from ..flops import Key
 from ..progress import Reporter
-from ..stream import Result, States, Team, Work, by_layer, chunks, named, require_finite, sweep
+from ..stream import Result, Sample, States, Team, Work, by_layer, chunks, named, require_finite, sweep
 from ..units import RoutedUnit, Units, merge
 from .forecaster import Moments, train_activation
 from .options import Options
 
 EXECUTED_WEIGHT = 0.3
 ACTIVATION_STEPS = 300
+# A token is led back no further than this, in units of the root mean square of the unit's outputs: a token whose huge
+# activation was left out (large models have such) would else be all that later forecasters are fitted to.
+FURTHEST = 10.0
 
 
 def refit(
@@ -60,13 +63,14 @@ def refit(
                     target[rows] = torch.stack([x + y, dense + layer.contribution(unit, dense)], 1).cpu()
                 continue
             met = _meet(index, layer, unit, routed, threshold, before, target, options)
+            goal = met.goal(sample)
             moments = Moments(shape[-1], shape[-1], decoder.device)
             for rows in chunks(len(met.h), 1):
-                moments.add(met.h[rows], met.goal[rows], met.weight[rows])
+                moments.add(met.h[rows], goal[rows], met.weight[rows])
             forecaster, _ = moments.share(team).fit(ranks[index, unit])
             with torch.enable_grad():
                 seed = options.seed + 1000 * index + len(unit)
-                forecaster = train_activation(forecaster, met.h, met.goal, met.weight, steps, seed, sample)
+                forecaster = train_activation(forecaster, met.h, goal, met.weight, steps, seed, sample)
             result |= named(unit, RoutedUnit(forecaster, routed.router).tensors())
             for rows in chunks(blocks, 2 * sequence):
                 flat = slice(rows.start * sequence, rows.stop * sequence)
@@ -86,13 +90,26 @@ def refit(
 
 @dataclass
 class _Met:
-    """What a unit meets on the routed stream: inputs, outputs and goals ``[tokens, hidden]``, decisions, weights ``[tokens]``."""
+    """What a unit meets on the routed stream.
+
+    Attributes:
+        h, y: inputs and outputs ``[tokens, hidden]``.
+        drift: from where the routed stream would be after the unit, if it executed, to where the dense one is; of tokens that
+            execute 0.
+        execute: ``[tokens]``.
+        weight: how much each token counts ``[tokens]``.
+    """
 
     h: Tensor
     y: Tensor
-    goal: Tensor
+    drift: Tensor
     execute: Tensor
     weight: Tensor
+
+    def goal(self, sample: Sample) -> Tensor:
+        """Returns what the forecaster is fitted to ``[tokens, hidden]``."""
+        limit = FURTHEST * sample.mean(self.y.square().sum(1)).sqrt()
+        return self.y + self.drift * (limit / self.drift.norm(dim=1, keepdim=True).clamp(min=1e-30)).clamp(max=1.0)
 
 
 def _meet(
@@ -117,6 +134,7 @@ def _meet(
         require_finite(y, index, unit, rows)
         dense = dense + layer.contribution(unit, dense)
         target[rows] = torch.stack([x, dense], 1).cpu()
+        drift = merge(execute, torch.zeros_like(x), dense - x - y)
         weight = torch.where(execute, EXECUTED_WEIGHT, 1.0)
-        seen.append(tuple(part.flatten(0, 1) for part in (h, y, merge(execute, y, dense - x), execute, weight)))
+        seen.append(tuple(part.flatten(0, 1) for part in (h, y, drift, execute, weight)))
     return _Met(*(torch.cat(parts) for parts in zip(*seen, strict=True)))

@@ -36,13 +36,20 @@ def met(decoder, units, ids, kv_cache):
                 continue
             execute = routed.router(h) > THRESHOLD
             y = layer.contribution(unit, x, execute if unit == "attention" and kv_cache == "strict" else None)
-            yield (index, unit), h, torch.where(execute[..., None], y, dense - x), execute
+            drift = torch.where(execute[..., None], 0, dense - x - y)
+            limit = refit.FURTHEST * y.square().sum(-1).mean().sqrt()
+            far = drift.norm(dim=-1, keepdim=True).clamp(min=1e-9)
+            yield (index, unit), h, y + drift / far * far.clamp(max=limit), execute
             x = x + torch.where(execute[..., None], y, routed.forecaster(h))
 
 
-@pytest.mark.parametrize(("kv_cache", "kinds"), [("full", UNITS), ("strict", UNITS), ("full", ("mlp",))])
-def test_forecasters_fit_the_routed_stream(kv_cache, kinds, checkpoint, monkeypatch):
+@pytest.mark.parametrize(
+    ("kv_cache", "kinds", "furthest"),
+    [("full", UNITS, 10.0), ("full", UNITS, 0.5), ("strict", UNITS, 10.0), ("full", ("mlp",), 10.0)],
+)
+def test_forecasters_fit_the_routed_stream(kv_cache, kinds, furthest, checkpoint, monkeypatch):
     shorten(monkeypatch)
+    monkeypatch.setattr(refit, "FURTHEST", furthest)
     decoder, ids = Decoder(checkpoint, torch.device("cpu")), random_blocks().fit
     before = random_routing(checkpoint, units=kinds, kv_cache=kv_cache).units
     ranks = {key: 2 + key[0] for key in before}
