@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ir_convert.stream import Team
+from ir_convert.stream import team as module
 
 SIZES = st.integers(1, 5)
 
@@ -98,3 +99,23 @@ def test_nccl_adds_up_what_lies_on_the_cpu(tmp_path):
         assert not team.agree(False)
     finally:
         torch.distributed.destroy_process_group()
+
+
+@given(sizes=st.lists(st.integers(0, 12), max_size=7), limit=st.integers(0, 12), data=st.data())
+def test_small_tensors_are_added_up_together(sizes, limit, data):
+    """In place and each to its own place, in as few exchanges as there are kinds of small tensors, and large tensors."""
+    kinds = data.draw(st.lists(st.sampled_from([torch.float32, torch.float64]), min_size=7, max_size=7))
+    tensors = [torch.randn(size, 1, dtype=kind) for size, kind in zip(sizes, kinds, strict=False)]
+    before, exchanged = [tensor.clone() for tensor in tensors], []
+
+    def doubled(tensor):  # as if another process had the same
+        exchanged.append(tensor.mul_(2))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.dist, "all_reduce", doubled)
+        patch.setattr(module, "SMALL", limit)
+        summed = members(2)[0].sum(tensors)
+    assert all(given is returned for given, returned in zip(tensors, summed, strict=True))
+    assert all(torch.equal(after, 2 * value) for after, value in zip(tensors, before, strict=True))
+    small = {tensor.dtype for tensor in tensors if tensor.numel() <= limit}
+    assert len(exchanged) == len(small) + sum(tensor.numel() > limit for tensor in tensors)
