@@ -137,10 +137,7 @@ def run_backward(
         with torch.no_grad():
             for unit in options.units:
                 h, y, *probed = (torch.cat(parts) for parts in zip(*seen.pop(unit), strict=True))
-                moments = Moments(hidden, hidden, decoder.device)
-                for rows in chunks(len(h), 1):
-                    moments.add(h[rows], y[rows])
-                forecaster, unexplained = moments.share(team).fit(max(ranks))
+                forecaster, unexplained = Moments.of(h, y).share(team).fit(max(ranks))
                 costs = torch.stack([_cost(truncated(forecaster, each), h, y, probed) for each in ranks])
                 # The router is fitted to what the mean rank costs.
                 with torch.enable_grad():

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..stream import Sample, Team
+from ..stream import Sample, Team, chunks
 from ..units import Forecaster
 from .descent import descend
 
@@ -49,6 +49,14 @@ class Moments:
         self.hy += weighted.T @ y
         self.y += (y * weight.unsqueeze(1)).double().sum(0)
         self.yy += weight.double() @ (y * y).sum(1).double()
+
+    @classmethod
+    def of(cls, h: Tensor, y: Tensor, weight: Tensor | None = None) -> "Moments":
+        """Returns those of tokens ``h[tokens, inputs]``, ``y[tokens, outputs]``, added a chunk at a time; see ``add``."""
+        moments = cls(h.shape[1], y.shape[1], h.device)
+        for rows in chunks(len(h), 1):
+            moments.add(h[rows], y[rows], None if weight is None else weight[rows])
+        return moments
 
     def share(self, team: Team) -> "Moments":
         """Adds up the moments of all processes, in place."""

@@ -1,7 +1,5 @@
 """One routed pass over the fit blocks: forecasters are fitted again to the tokens they serve, as earlier ones change the stream."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -62,19 +60,16 @@ def refit(
                     require_finite(y, index, unit, rows)
                     target[rows] = torch.stack([x + y, dense + layer.contribution(unit, dense)], 1).cpu()
                 continue
-            met = _meet(index, layer, unit, routed, threshold, before, target, options)
-            goal = met.goal(sample)
-            moments = Moments(shape[-1], shape[-1], decoder.device)
-            for rows in chunks(len(met.h), 1):
-                moments.add(met.h[rows], goal[rows], met.weight[rows])
-            forecaster, _ = moments.share(team).fit(ranks[index, unit])
+            h, y, goal, execute = _meet(index, layer, unit, routed, threshold, before, target, options, sample)
+            weight = torch.where(execute, EXECUTED_WEIGHT, 1.0)
+            forecaster, _ = Moments.of(h, goal, weight).share(team).fit(ranks[index, unit])
             with torch.enable_grad():
                 seed = options.seed + 1000 * index + len(unit)
-                forecaster = train_activation(forecaster, met.h, goal, met.weight, steps, seed, sample)
+                forecaster = train_activation(forecaster, h, goal, weight, steps, seed, sample)
             result |= named(unit, RoutedUnit(forecaster, routed.router).tensors())
             for rows in chunks(blocks, 2 * sequence):
                 flat = slice(rows.start * sequence, rows.stop * sequence)
-                change = merge(met.execute[flat], met.y[flat], forecaster(met.h[flat])).cpu()
+                change = merge(execute[flat], y[flat], forecaster(h[flat])).cpu()
                 streams = target[rows]
                 streams[:, 0] += change.view_as(streams[:, 0])
                 target[rows] = streams
@@ -88,30 +83,6 @@ def refit(
     return {key: RoutedUnit.from_tensors(t) for key, t in by_layer(results, options.units).items() if key in units}
 
 
-@dataclass
-class _Met:
-    """What a unit meets on the routed stream.
-
-    Attributes:
-        h, y: inputs and outputs ``[tokens, hidden]``.
-        drift: from where the routed stream would be after the unit, if it executed, to where the dense one is; of tokens that
-            execute 0.
-        execute: ``[tokens]``.
-        weight: how much each token counts ``[tokens]``.
-    """
-
-    h: Tensor
-    y: Tensor
-    drift: Tensor
-    execute: Tensor
-    weight: Tensor
-
-    def goal(self, sample: Sample) -> Tensor:
-        """Returns what the forecaster is fitted to ``[tokens, hidden]``."""
-        limit = FURTHEST * sample.mean(self.y.square().sum(1)).sqrt()
-        return self.y + self.drift * (limit / self.drift.norm(dim=1, keepdim=True).clamp(min=1e-30)).clamp(max=1.0)
-
-
 def _meet(
     index: int,
     layer: Layer,
@@ -121,8 +92,14 @@ def _meet(
     before: States,
     target: States,
     options: Options,
-) -> _Met:
-    """Runs a unit on both streams; ``target`` gets the dense one after it, and the routed one as it was before."""
+    sample: Sample,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Runs a unit on both streams; ``target`` gets the dense one after it, and the routed one as it was before.
+
+    Returns:
+        Of the routed stream, inputs h, outputs y, and what the forecaster is fitted to, ``[tokens, hidden]``; and which tokens
+        execute, ``[tokens]``.
+    """
     blocks, _, sequence, _ = before.shape
     seen = []
     for rows in chunks(blocks, 2 * sequence):
@@ -134,7 +111,9 @@ def _meet(
         require_finite(y, index, unit, rows)
         dense = dense + layer.contribution(unit, dense)
         target[rows] = torch.stack([x, dense], 1).cpu()
+        # From where the routed stream would be after the unit, if it executed, to where the dense one is.
         drift = merge(execute, torch.zeros_like(x), dense - x - y)
-        weight = torch.where(execute, EXECUTED_WEIGHT, 1.0)
-        seen.append(tuple(part.flatten(0, 1) for part in (h, y, drift, execute, weight)))
-    return _Met(*(torch.cat(parts) for parts in zip(*seen, strict=True)))
+        seen.append(tuple(part.flatten(0, 1) for part in (h, y, drift, execute)))
+    h, y, drift, execute = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    limit = FURTHEST * sample.mean(y.square().sum(1)).sqrt()
+    return h, y, y + drift * (limit / drift.norm(dim=1, keepdim=True).clamp(min=1e-30)).clamp(max=1.0), execute
