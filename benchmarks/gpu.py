@@ -109,7 +109,7 @@ def native_library(device: str, notes: list[str]) -> Path | None:
     except UserError as error:
         notes.append(f"no native kernels: {error}")
         return None
-    if not any(where == provider for where, _, _ in supported(library)):
+    if not any(where == provider for where, *_ in supported(library)):
         notes.append(f"no native kernels: {library.name} was built without those of {provider}")
         return None
     return library

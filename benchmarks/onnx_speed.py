@@ -117,7 +117,7 @@ def measure_model(
         plans = _plans(args, checkpoint, routing.units, routed, points, precision)
         for threads in args.threads:
             sessions = {"routed": open_session(routed, "cpu", threads)}
-            if args.library and precision != "int4":  # for which there are no kernels
+            if args.library:
                 sessions["native"] = open_session(routed, "cpu", threads, library=args.library)
             sessions |= {which: open_session(path, "cpu", threads) for which, path in dense.items()}
             records = []

@@ -7,8 +7,6 @@ from ..errors import UserError
 from ..export.onnx.ops import find, supported
 from .loading import Model
 
-DOMAIN = "ir"
-
 
 def choose(library: str | Path | bool | None, model: Model, providers: Sequence[str]) -> Path | None:
     """Returns the library to register for a model; None for none.
@@ -48,16 +46,16 @@ def lacking(library: Path, model: Model, providers: Sequence[str]) -> str | None
     A name that it lacks altogether, such as a mixture's of experts, stays a function.
     """
     table = supported(library)
-    for name, inputs in _taken(library, model).items():
-        kernel = f"kernel of {name} for {model.dtype} on {providers[0]}"
-        if (known := table.get((providers[0], name, model.dtype))) is None:
+    for (domain, name), inputs in _taken(library, model).items():
+        kernel = f"kernel of {domain}::{name} for {model.dtype} on {providers[0]}"
+        if (known := table.get((providers[0], domain, name, model.dtype))) is None:
             return kernel
         if known != inputs:
             return f"{kernel} with the inputs that this model has: they are of another version"
     return None
 
 
-def _taken(library: Path, model: Model) -> dict[str, tuple[str, ...]]:
+def _taken(library: Path, model: Model) -> dict[tuple[str, str], tuple[str, ...]]:
     """Returns the model's functions that a library has a name for, with their inputs."""
-    names = {name for _, name, _ in supported(library)}
-    return {name: inputs for (domain, name), inputs in model.functions.items() if domain == DOMAIN and name in names}
+    known = {(domain, name) for _, domain, name, _ in supported(library)}
+    return {function: inputs for function, inputs in model.functions.items() if function in known}

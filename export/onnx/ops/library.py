@@ -40,9 +40,9 @@ def find() -> Path | None:
 
 
 @cache
-def supported(library: Path) -> dict[tuple[str, str, str], tuple[str, ...]]:
-    """Returns what a library has kernels for: the inputs it takes by (execution provider, function, type), such as
-    ``("CPUExecutionProvider", "RoutedMLP", "float16")``.
+def supported(library: Path) -> dict[tuple[str, str, str, str], tuple[str, ...]]:
+    """Returns what a library has kernels for: the inputs it takes by (execution provider, domain, function, type), such
+    as ``("CPUExecutionProvider", "ir", "RoutedMLP", "float16")``.
 
     Raises:
         UserError: it cannot be loaded, or is not a library of this kind.
@@ -53,4 +53,4 @@ def supported(library: Path) -> dict[tuple[str, str, str], tuple[str, ...]]:
         raise UserError(f"{library} is not a library of native kernels: {error}") from error
     table.restype = ctypes.c_char_p
     lines = [line.split() for line in table().decode().splitlines()]
-    return {(provider, name, kind): tuple(inputs) for provider, name, kind, *inputs in lines}
+    return {(provider, domain, name, kind): tuple(inputs) for provider, domain, name, kind, *inputs in lines}

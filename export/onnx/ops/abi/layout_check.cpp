@@ -69,6 +69,7 @@ static_assert(int{ORT_FAIL} == ir::abi::kFail && int{ORT_INVALID_ARGUMENT} == ir
 static_assert(int{ORT_NOT_IMPLEMENTED} == ir::abi::kNotImplemented);
 static_assert(int{ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED} == ir::abi::kUndefined);
 static_assert(int{ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT} == ir::abi::kFloat);
+static_assert(int{ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8} == ir::abi::kUint8);
 static_assert(int{ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32} == ir::abi::kInt32);
 static_assert(int{ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64} == ir::abi::kInt64);
 static_assert(int{ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL} == ir::abi::kBool);

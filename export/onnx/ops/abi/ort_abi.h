@@ -22,7 +22,7 @@ inline constexpr uint32_t kVersion = 21;  // of the API: ONNX Runtime 1.21 and n
 
 // Enumerations are passed as int: theirs are C's.
 enum Error : int { kFail = 1, kInvalidArgument = 2, kNotImplemented = 9 };
-enum Element : int { kUndefined = 0, kFloat = 1, kInt32 = 6, kInt64 = 7, kBool = 9, kFloat16 = 10, kDouble = 11, kBFloat16 = 16 };
+enum Element : int { kUndefined = 0, kFloat = 1, kUint8 = 2, kInt32 = 6, kInt64 = 7, kBool = 9, kFloat16 = 10, kDouble = 11, kBFloat16 = 16 };
 enum Characteristic : int { kRequired = 0, kOptional = 1 };
 enum Memory : int { kCpuInput = -2, kDefault = 0 };
 

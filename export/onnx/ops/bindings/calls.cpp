@@ -7,18 +7,18 @@ namespace {
 // Takes a call's inputs one after the other.
 class Reader {
  public:
-  Reader(const Op& op, const Context& context) : signature_(op.signature), context_(context) {}
+  Reader(const Node& node, const Context& context) : node_(node), context_(context) {}
 
   Tensor next() {
-    const Input& input = signature_.inputs[index_];
-    Tensor tensor = context_.input(index_++);
+    const Input& input = node_.signature().inputs[index_];
+    Tensor tensor = node_.input(context_, index_++);
     if (!tensor.present && !input.optional) throw Error(std::string(input.name) + " is missing");
     return tensor;
   }
   void skip() { ++index_; }
 
  private:
-  const Signature& signature_;
+  const Node& node_;
   const Context& context_;
   size_t index_ = 0;
 };
@@ -39,28 +39,38 @@ void expect_rank(const char* name, const Tensor& tensor, size_t rank) {
     throw Error(std::string(name) + " has shape " + tensor.text() + ", not " + std::to_string(rank) + " dimensions");
 }
 
+// The weights of a projection, of whichever kind.
+void expect_weight(const char* name, const Tensor& weight, const Tensor& scales, int64_t in, int64_t out) {
+  if (!scales.present) return expect(name, weight, {in, out});
+  const int64_t blocks = (in + 31) / 32;
+  expect(name, weight, {out, blocks, 16});
+  if (scales.rank != 2 || scales.shape[0] != out || scales.shape[1] != blocks)
+    throw Error(std::string(name) + "'s scales have shape " + scales.text() + ", its weights " + weight.text());
+}
+
 }  // namespace
 
-DecideCall::DecideCall(const Op& op, const Context& context) {
-  Reader reader(op, context);
+DecideCall::DecideCall(const Node& node, const Context& context) {
+  Reader reader(node, context);
   h = reader.next(), threshold = reader.next();
   down_weight = reader.next(), down_bias = reader.next(), up_weight = reader.next(), up_bias = reader.next();
   hidden_weight = reader.next(), hidden_bias = reader.next(), out_weight = reader.next(), out_bias = reader.next();
 
+  if (node.signature().int4)
+    down_scales = reader.next(), up_scales = reader.next(), hidden_scales = reader.next();
+
   expect_rank("h", h, 3);
-  expect_rank("hidden_weight", hidden_weight, 2);
-  if (down_weight.present) expect_rank("down_weight", down_weight, 2);
+  expect_rank("hidden_bias", hidden_bias, 1);
+  if (down_bias.present) expect_rank("down_bias", down_bias, 1);
   if (down_weight.present != down_bias.present || down_weight.present != up_weight.present)
     throw Error("of down_weight, down_bias and up_weight there must be all or none");
   batch = h.shape[0], sequence = h.shape[1], width = h.shape[2];
-  rank = down_weight.present ? down_weight.shape[1] : 0, hidden = hidden_weight.shape[1];
+  rank = down_bias.present ? down_bias.shape[0] : 0, hidden = hidden_bias.shape[0];
   expect("threshold", threshold, {batch, sequence});
-  expect("down_weight", down_weight, {width, rank});
-  expect("down_bias", down_bias, {rank});
-  expect("up_weight", up_weight, {rank, width});
+  expect_weight("down_weight", down_weight, down_scales, width, rank);
+  expect_weight("up_weight", up_weight, up_scales, rank, width);
   expect("up_bias", up_bias, {width});
-  expect("hidden_weight", hidden_weight, {width, hidden});
-  expect("hidden_bias", hidden_bias, {hidden});
+  expect_weight("hidden_weight", hidden_weight, hidden_scales, width, hidden);
   expect("out_weight", out_weight, {hidden});
   expect("out_bias", out_bias, {1});
 }
@@ -72,10 +82,10 @@ MlpSetting::MlpSetting(const Info& info)
   if (!gelu && activation != "silu") throw Error("activation '" + activation + "' is not supported", abi::kNotImplemented);
 }
 
-MlpCall::MlpCall(const Op& op, const Context& context) {
-  Reader reader(op, context);
+MlpCall::MlpCall(const Node& node, const Context& context) {
+  Reader reader(node, context);
   h = reader.next();
-  if (op.signature.routed) forecast = reader.next(), execute = reader.next();
+  if (node.signature().routed) forecast = reader.next(), execute = reader.next();
   gate_weight = reader.next(), up_weight = reader.next(), down_weight = reader.next();
   gate_bias = reader.next(), up_bias = reader.next(), down_bias = reader.next();
   post_norm = reader.next();
@@ -111,10 +121,10 @@ AttentionSetting::AttentionSetting(const Info& info)
     throw Error("rotary_dim " + std::to_string(rotary_dim) + " of heads of " + std::to_string(head_dim));
 }
 
-AttentionCall::AttentionCall(const Op& op, const AttentionSetting& setting, const Context& context) {
-  Reader reader(op, context);
+AttentionCall::AttentionCall(const Node& node, const AttentionSetting& setting, const Context& context) {
+  Reader reader(node, context);
   h = reader.next();
-  if (op.signature.routed) forecast = reader.next(), execute = reader.next();
+  if (node.signature().routed) forecast = reader.next(), execute = reader.next();
   cos = reader.next(), sin = reader.next(), mask = reader.next();
   for (int hint = 0; hint < 4; ++hint) reader.skip();  // step_bias, start, total, step
   past_key = reader.next(), past_value = reader.next();

@@ -8,9 +8,10 @@ namespace ir {
 struct DecideCall {
   Tensor h, threshold, down_weight, down_bias, up_weight, up_bias;  // without a forecaster, up_bias alone is the forecast
   Tensor hidden_weight, hidden_bias, out_weight, out_bias;
+  Tensor down_scales, up_scales, hidden_scales;  // with weights in int4: [out, blocks], and weights are [out, blocks, 16]
   int64_t batch, sequence, width, rank, hidden;  // h is [batch, sequence, width]
 
-  DecideCall(const Op& op, const Context& context);
+  DecideCall(const Node& node, const Context& context);
 };
 
 // The attributes of an MLP.
@@ -26,7 +27,7 @@ struct MlpCall {
   Tensor gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias, post_norm;
   int64_t batch, sequence, width, hidden;  // h is [batch, sequence, width]
 
-  MlpCall(const Op& op, const Context& context);
+  MlpCall(const Node& node, const Context& context);
 };
 
 // The attributes of an attention unit.
@@ -44,7 +45,7 @@ struct AttentionCall {
   int64_t total;     // T: slots in use after this call; the new tokens are the last of them
   int64_t capacity;  // of past_key: the present has max(capacity, total) slots
 
-  AttentionCall(const Op& op, const AttentionSetting& setting, const Context& context);
+  AttentionCall(const Node& node, const AttentionSetting& setting, const Context& context);
 
   int64_t start() const { return total - sequence; }
   // Whether the past has room: its slots from start on are written. If not, the present is the past and the new tokens.

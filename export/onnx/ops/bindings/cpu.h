@@ -16,7 +16,7 @@ using cpu::Half;
 template <typename T>
 class Weights {
  public:
-  Weights(const Op& op, const Info& info, std::initializer_list<const char*> names);
+  Weights(const Node& node, std::initializer_list<const char*> names);
   cpu::Weight<T> operator()(size_t index, const Tensor& tensor) const;  // index among names
 
  private:
@@ -30,9 +30,29 @@ class CpuDecide : public Kernel {
   void compute(const Context& context) const override;
 
  private:
-  const Op& op_;
+  const Node node_;
   Weights<T> forecaster_;
   Weights<float> router_;
+};
+
+// A weight in int4, packed when its kernel is made, or else anew in every call.
+class Int4Weight {
+ public:
+  Int4Weight(const Node& node, const char* weight, const char* scales, int64_t in);
+  cpu::Weight<cpu::Int4> operator()(const Tensor& weight, const Tensor& scales, int64_t in, std::vector<uint32_t>& packed) const;
+
+ private:
+  std::vector<uint32_t, HugePages<uint32_t>> packed_;
+};
+
+class CpuInt4Decide : public Kernel {
+ public:
+  CpuInt4Decide(const Op& op, const Info& info);
+  void compute(const Context& context) const override;
+
+ private:
+  const Node node_;
+  Int4Weight down_, up_, router_;
 };
 
 template <typename T>
@@ -42,7 +62,7 @@ class CpuMlp : public Kernel {
   void compute(const Context& context) const override;
 
  private:
-  const Op& op_;
+  const Node node_;
   MlpSetting setting_;
   Weights<T> weights_;
 };
@@ -54,7 +74,7 @@ class CpuAttention : public Kernel {
   void compute(const Context& context) const override;
 
  private:
-  const Op& op_;
+  const Node node_;
   AttentionSetting setting_;
   Weights<T> weights_;
 };

@@ -8,32 +8,32 @@ namespace ir {
 template <int kElement>
 class CudaDecide : public Kernel {
  public:
-  CudaDecide(const Op& op, const Info&) : op_(op) {}
+  CudaDecide(const Op& op, const Info& info) : node_(op, info) {}
   void compute(const Context& context) const override;
 
  private:
-  const Op& op_;
+  const Node node_;
 };
 
 template <int kElement>
 class CudaMlp : public Kernel {
  public:
-  CudaMlp(const Op& op, const Info& info) : op_(op), setting_(info) {}
+  CudaMlp(const Op& op, const Info& info) : node_(op, info), setting_(info) {}
   void compute(const Context& context) const override;
 
  private:
-  const Op& op_;
+  const Node node_;
   MlpSetting setting_;
 };
 
 template <int kElement>
 class CudaAttention : public Kernel {
  public:
-  CudaAttention(const Op& op, const Info& info) : op_(op), setting_(info) {}
+  CudaAttention(const Op& op, const Info& info) : node_(op, info), setting_(info) {}
   void compute(const Context& context) const override;
 
  private:
-  const Op& op_;
+  const Node node_;
   AttentionSetting setting_;
 };
 

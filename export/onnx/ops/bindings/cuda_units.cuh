@@ -39,7 +39,7 @@ inline int narrow(int64_t size) {
 template <int kElement>
 void CudaDecide<kElement>::compute(const Context& context) const {
   using T = CudaFloat<kElement>;
-  const DecideCall call(op_, context);
+  const DecideCall call(node_, context);
   const Tensor forecast = context.output(0, {call.batch, call.sequence, call.width});
   const Tensor execute = context.output(1, {call.batch, call.sequence}), score = context.output(2, {call.batch, call.sequence});
   cuda::Decide<T> unit{};
@@ -59,7 +59,7 @@ void CudaDecide<kElement>::compute(const Context& context) const {
 template <int kElement>
 void CudaMlp<kElement>::compute(const Context& context) const {
   using T = CudaFloat<kElement>;
-  const MlpCall call(op_, context);
+  const MlpCall call(node_, context);
   const Tensor output = context.output(0, {call.batch, call.sequence, call.width});
   cuda::Mlp<T> unit{};
   unit.batch = narrow(call.batch), unit.sequence = narrow(call.sequence);
@@ -80,8 +80,8 @@ void CudaMlp<kElement>::compute(const Context& context) const {
 template <int kElement>
 void CudaAttention<kElement>::compute(const Context& context) const {
   using T = CudaFloat<kElement>;
-  const AttentionCall call(op_, setting_, context);
-  const Tensor start = context.input(op_.signature.index("start"));
+  const AttentionCall call(node_, setting_, context);
+  const Tensor start = context.input(node_.signature().index("start"));
   if (!start.present || start.size() != call.batch) throw Error("start has shape " + start.text() + ", not one for each sequence");
   const auto present = {call.batch, setting_.kv_heads, call.slots(), setting_.head_dim};
   const Tensor output = context.output(0, {call.batch, call.sequence, call.width});
@@ -91,7 +91,7 @@ void CudaAttention<kElement>::compute(const Context& context) const {
   unit.total = narrow(call.total), unit.past_slots = narrow(call.capacity);
   narrow(call.batch * call.sequence);
   unit.shape = {narrow(setting_.heads), narrow(setting_.kv_heads), narrow(setting_.head_dim)};
-  unit.strict = &op_.signature == &kRoutedAttentionStrict;
+  unit.strict = &node_.signature() == &kRoutedAttentionStrict;
   unit.h = call.h.as<T>(), unit.forecast = call.forecast.as<T>();
   unit.execute = call.execute.as<bool>(), unit.mask = call.mask.as<bool>();
   unit.rotary = {call.cos.as<T>(), call.sin.as<T>(), narrow(setting_.rotary_dim)};

@@ -32,6 +32,7 @@ int element_of(Type type, const Op& op) {
     case Type::kFloat: return abi::kFloat;
     case Type::kBool: return abi::kBool;
     case Type::kInt32: return abi::kInt32;
+    case Type::kUint8: return abi::kUint8;
     default: return op.element;
   }
 }
@@ -57,7 +58,13 @@ size_t Signature::index(const char* input) const {
   return i;
 }
 
-std::string Op::text() const { return std::string(signature.name) + " (" + element_name(element) + ")"; }
+Node::Node(const Op& op, const Info& info) : signature_(op.signature), constants_(signature_.input_count) {
+  for (size_t i = 0; i < signature_.input_count; ++i) constants_[i] = info.constant(i);
+}
+
+std::string Op::text() const {
+  return std::string(signature.int4 ? "int4 " : "") + signature.name + " (" + element_name(element) + ")";
+}
 
 Op::Op(const Signature& signature, int element, const char* provider, Make make)
     : abi::CustomOp{}, signature(signature), element(element), provider(provider), make(make) {

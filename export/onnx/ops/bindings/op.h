@@ -2,13 +2,14 @@
 #pragma once
 
 #include <memory>
+#include <vector>
 
 #include "runtime.h"
 
 namespace ir {
 
 // The types of inputs and outputs: F is the operator's own float type.
-enum class Type { kF, kFloat, kBool, kInt32 };
+enum class Type { kF, kFloat, kBool, kInt32, kUint8 };
 
 struct Input {
   const char* name;
@@ -26,8 +27,10 @@ struct Signature {
   size_t input_count;
   Type outputs[kMaxOutputs];
   size_t output_count;
-  bool routed;  // has inputs forecast, at 1, and execute
+  bool routed;        // has inputs forecast, at 1, and execute
+  bool int4 = false;  // is of weights in int4, which have a domain of their own
 
+  const char* domain() const { return int4 ? "ir.int4" : "ir"; }
   size_t index(const char* input) const;
 };
 
@@ -50,6 +53,23 @@ struct Op : abi::CustomOp {
   Op(const Signature& signature, int element, const char* provider, Make make);
 
   std::string text() const;  // for errors: RoutedMLP (float16)
+};
+
+// A node that runs an operator. Its constant inputs are looked at once, when its kernel is made: six calls of ONNX Runtime's a
+// tensor would take longer than a small unit's arithmetic.
+class Node {
+ public:
+  Node(const Op& op, const Info& info);
+
+  const Signature& signature() const { return signature_; }
+  Tensor constant(size_t index) const { return constants_[index]; }  // absent if the input may change from call to call
+  Tensor input(const Context& context, size_t index) const {
+    return constants_[index].present ? constants_[index] : context.input(index);
+  }
+
+ private:
+  const Signature& signature_;
+  std::vector<Tensor> constants_;
 };
 
 inline constexpr const char* kCpu = nullptr;

@@ -23,6 +23,7 @@ const Op kTable[] = {
       {kDenseAttention, element, provider, make<attention>}
     IR_UNITS(abi::kFloat, kCpu, CpuDecide<float>, CpuMlp<float>, CpuAttention<float>),
     IR_UNITS(abi::kFloat16, kCpu, CpuDecide<Half>, CpuMlp<Half>, CpuAttention<Half>),
+    {kInt4Decide, abi::kFloat, kCpu, make<CpuInt4Decide>},
 #ifdef IR_CUDA
     IR_CUDA_UNITS  // as above; cuda.h defines it
 #endif
@@ -37,13 +38,13 @@ const abi::Api& api() { return *g_api; }
 
 #define IR_EXPORT extern "C" __attribute__((visibility("default")))
 
-// The table in words: a line "provider function type input input ..." for each operator.
+// The table in words: a line "provider domain function type input input ..." for each operator.
 IR_EXPORT const char* IrOpsTable() {
   static const std::string table = [] {
     std::string table;
     for (const ir::Op& op : ir::kTable) {
       table += op.provider != ir::kCpu ? op.provider : "CPUExecutionProvider";
-      table += std::string(" ") + op.signature.name + " " + ir::element_name(op.element);
+      table += std::string(" ") + op.signature.domain() + " " + op.signature.name + " " + ir::element_name(op.element);
       for (size_t i = 0; i < op.signature.input_count; ++i) table += std::string(" ") + op.signature.inputs[i].name;
       table += "\n";
     }
@@ -61,13 +62,16 @@ IR_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const ir::abi
   }
   static const abi::Api api(table);
   g_api = &api;
-  // One domain for all sessions; it lives as long as the library.
-  static OrtCustomOpDomain* domain = nullptr;
+  // The same domains for all sessions; they live as long as the library.
+  static OrtCustomOpDomain *domain = nullptr, *int4_domain = nullptr;
   static OrtStatus* status = [] {
-    OrtStatus* status = api.CreateCustomOpDomain("ir", &domain);
+    OrtStatus* status = api.CreateCustomOpDomain(kDecide.domain(), &domain);
+    if (status == nullptr) status = api.CreateCustomOpDomain(kInt4Decide.domain(), &int4_domain);
     for (const Op& op : kTable)
-      if (status == nullptr) status = api.CustomOpDomain_Add(domain, &op);
+      if (status == nullptr) status = api.CustomOpDomain_Add(op.signature.int4 ? int4_domain : domain, &op);
     return status;
   }();
-  return status != nullptr ? status : api.AddCustomOpDomain(options, domain);
+  if (status != nullptr) return status;
+  OrtStatus* failed = api.AddCustomOpDomain(options, domain);
+  return failed != nullptr ? failed : api.AddCustomOpDomain(options, int4_domain);
 }

@@ -26,6 +26,10 @@ constexpr Input kDecideInputs[] = {
     {"h"}, {"threshold", Type::kFloat}, {"down_weight", kF, kOptional}, {"down_bias", kF, kOptional},
     {"up_weight", kF, kOptional}, {"up_bias"}, {"hidden_weight", Type::kFloat}, {"hidden_bias", Type::kFloat},
     {"out_weight", Type::kFloat}, {"out_bias", Type::kFloat}};
+constexpr Input kInt4DecideInputs[] = {
+    {"h"}, {"threshold", Type::kFloat}, {"down_weight", Type::kUint8}, {"down_bias"}, {"up_weight", Type::kUint8}, {"up_bias"},
+    {"hidden_weight", Type::kUint8}, {"hidden_bias", Type::kFloat}, {"out_weight", Type::kFloat}, {"out_bias", Type::kFloat},
+    {"down_scales"}, {"up_scales"}, {"hidden_scales"}};
 constexpr Input kRoutedMlpInputs[] = {{"h"}, IR_ROUTING, IR_MLP};
 constexpr Input kDenseMlpInputs[] = {{"h"}, IR_MLP};
 constexpr Input kRoutedAttentionInputs[] = {{"h"}, IR_ROUTING, IR_ATTENTION};
@@ -37,9 +41,14 @@ constexpr Signature signature(const char* name, const Input (&inputs)[N], size_t
   return {name, inputs, N, {kF, kF, kF}, outputs, routed};
 }
 
+template <size_t N>
+constexpr Signature decide(const Input (&inputs)[N], bool int4) {
+  return {"Decide", inputs, N, {kF, Type::kBool, Type::kFloat}, 3, false, int4};
+}
+
 }  // namespace
 
-constexpr Signature kDecide = {"Decide", kDecideInputs, std::size(kDecideInputs), {kF, Type::kBool, Type::kFloat}, 3, false};
+constexpr Signature kDecide = decide(kDecideInputs, false), kInt4Decide = decide(kInt4DecideInputs, true);
 constexpr Signature kRoutedMlp = signature("RoutedMLP", kRoutedMlpInputs, 1, true);
 constexpr Signature kDenseMlp = signature("DenseMLP", kDenseMlpInputs, 1, false);
 constexpr Signature kRoutedAttention = signature("RoutedAttention", kRoutedAttentionInputs, 3, true);

@@ -5,6 +5,6 @@
 
 namespace ir {
 
-extern const Signature kDecide, kRoutedMlp, kDenseMlp, kRoutedAttention, kRoutedAttentionStrict, kDenseAttention;
+extern const Signature kDecide, kInt4Decide, kRoutedMlp, kDenseMlp, kRoutedAttention, kRoutedAttentionStrict, kDenseAttention;
 
 }  // namespace ir

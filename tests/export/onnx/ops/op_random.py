@@ -4,7 +4,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from op_units import Unit
+from op_units import INT4, Unit
+from torch import from_numpy
+
+from ir_convert.export.onnx.int4 import quantise
 
 EXECUTES = ("none", "one", "all", "random", "ragged")
 
@@ -26,6 +29,7 @@ def random_decide(
     hidden: int = 8,
     execute: str = "random",
     dtype: type = np.float32,
+    int4: bool = False,
 ) -> Unit:
     """Returns a Decide with these decisions, by margins that no rounding crosses; with a rank of 0, without a forecaster."""
     weights, rows = {}, {}
@@ -36,10 +40,16 @@ def random_decide(
         rng, {"hidden_weight": (width, hidden)}, {"hidden_bias": hidden, "out_weight": hidden, "out_bias": 1}
     )
     inputs = _cast(inputs, dtype) | {name: x.astype(np.float32) for name, x in router.items()}
-    unit = Unit("Decide", inputs | {"threshold": np.zeros((batch, length), np.float32)}, {})
+    attributes = {}
+    if int4:
+        attributes = {"hidden_size": width, "rank": rank, "codes": rank + hidden + 1}
+        for name in ("down", "up", "hidden"):
+            parts = quantise(from_numpy(inputs[f"{name}_weight"].T.copy()), INT4).parts()
+            inputs |= {f"{name}_{part}": tensor.numpy() for part, tensor in parts.items()}
+    unit = Unit("Decide", inputs | {"threshold": np.zeros((batch, length), np.float32)}, attributes)
     _, _, score = unit.expected()
     margin = np.where(execute_mask(rng, execute, batch, length), -0.01, 0.01) * (1 + np.abs(score).max())
-    return Unit("Decide", inputs | {"threshold": (score + margin).astype(np.float32)}, {})
+    return Unit("Decide", inputs | {"threshold": (score + margin).astype(np.float32)}, attributes)
 
 
 def random_mlp(

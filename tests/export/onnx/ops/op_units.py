@@ -10,14 +10,21 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 from onnxscript import GraphBuilder
+from torch import from_numpy
 
 from ir_convert.export.onnx import functions
 from ir_convert.export.onnx.body import Features
-from ir_convert.export.onnx.functions import DOMAIN, OPSETS, VERSION
+from ir_convert.export.onnx.functions import DOMAIN, INT4_DOMAIN, OPSETS, VERSION
+from ir_convert.export.onnx.int4 import Int4, Packed
 
 TYPES = {np.dtype(np.float32): ir.DataType.FLOAT, np.dtype(np.float16): ir.DataType.FLOAT16}
 TYPES |= {np.dtype(ml_dtypes.bfloat16): ir.DataType.BFLOAT16}
-TYPES |= {np.dtype(np.bool_): ir.DataType.BOOL, np.dtype(np.int32): ir.DataType.INT32}
+TYPES |= {
+    np.dtype(np.bool_): ir.DataType.BOOL,
+    np.dtype(np.int32): ir.DataType.INT32,
+    np.dtype(np.uint8): ir.DataType.UINT8,
+}
+INT4 = Int4(accuracy_level=1)  # ONNX Runtime's own products then leave activations as they are, as the kernels do
 # How far from float64 a result may be, as a share of the largest value.
 TOLERANCE = {np.dtype(np.float32): 1e-5, np.dtype(np.float16): 2e-3}
 TOLERANCE[np.dtype(ml_dtypes.bfloat16)] = 1.6e-2
@@ -46,7 +53,7 @@ class Unit:
         optional = [name for name in self.inputs if name.endswith(("_bias", "_norm")) and name != "step_bias"]
         dtype, routed = TYPES[self.dtype], "execute" in self.inputs
         if self.function == "Decide":
-            return functions.decide("down_weight" in self.inputs, dtype)
+            return functions.decide("down_weight" in self.inputs, dtype, INT4 if "down_scales" in self.inputs else None)
         scaled = self.attributes["residual_multiplier"] != 1
         if self.function.endswith("MLP"):
             features = Features(self.attributes["activation"], scaled=scaled)
@@ -63,12 +70,12 @@ class Unit:
             constant: makes the weights part of the model, where they are inputs otherwise.
             dtype: of all floats, if not the inputs' own; for a model that is not run.
         """
-        graph = ir.Graph([], [], nodes=[], opset_imports={**OPSETS, DOMAIN: VERSION}, name="call")
+        graph = ir.Graph([], [], nodes=[], opset_imports={**OPSETS, DOMAIN: VERSION, INT4_DOMAIN: VERSION}, name="call")
         builder = GraphBuilder(graph)
         values = {}
         for name, array in self.inputs.items():
             kind = dtype if dtype is not None and array.dtype == self.dtype else TYPES[array.dtype]
-            if constant and name.endswith(("_weight", "_bias", "_norm")) and name != "step_bias":
+            if constant and name.endswith(("_weight", "_scales", "_bias", "_norm")) and name != "step_bias":
                 values[name] = builder.initializer(ir.tensor(array, name=name), name)
             else:
                 values[name] = builder.input(name, kind, [None] * array.ndim)
@@ -133,7 +140,10 @@ class Unit:
             assert error <= TOLERANCE[result.dtype], (self.function, error)  # NaN is not
 
     def _linear(self, h: NDArray, name: str) -> NDArray:
-        return h @ self.inputs[f"{name}_weight"] + self.inputs.get(f"{name}_bias", 0)
+        weight, scales = self.inputs[f"{name}_weight"], self.inputs.get(f"{name}_scales")
+        if scales is not None:
+            weight = Packed(from_numpy(weight), from_numpy(scales), None, h.shape[-1]).dequantised().numpy().T
+        return h @ weight + self.inputs.get(f"{name}_bias", 0)
 
     def _norm(self, y: NDArray, weight: NDArray) -> NDArray:
         return y / np.sqrt((y**2).mean(-1, keepdims=True) + self.attributes["epsilon"]) * weight

@@ -1,5 +1,7 @@
 """How the runtime chooses a library of native kernels: found, named, none; and which models keep their own functions."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -38,8 +40,8 @@ def export(tmp_path_factory):
 
 def units(library, dtype="float32", **changed) -> Model:
     """A model that calls RoutedMLP as the library has it, but for what is changed: the inputs of functions."""
-    table = {name: inputs for (provider, name, kind), inputs in supported(library).items() if provider == CPU[0]}
-    return Model({}, {("ir", "RoutedMLP"): table["RoutedMLP"], **{("ir", k): v for k, v in changed.items()}}, dtype)
+    mlp = supported(library)[CPU[0], "ir", "RoutedMLP", "float32"]
+    return Model({}, {("ir", "RoutedMLP"): mlp, **{("ir", k): v for k, v in changed.items()}}, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -55,9 +57,10 @@ def test_found_and_registered(export, library, monkeypatch, dtype):
     np.testing.assert_allclose(native.logits(IDS), expected, atol=tolerance, rtol=0)
 
 
-def test_int4_in_float16_decides_natively(export, library, monkeypatch):
-    """Its units keep their functions, which are of another domain."""
-    folder = export(Int4(), torch.float16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_int4_decides_natively(export, library, monkeypatch, dtype):
+    """Its units keep their functions, of which the library has none; in float32 its decisions are in int4 as well."""
+    folder = export(Int4(), dtype)
     own = OnnxModel.load(folder, CPU, threads=1).logits(IDS)
     monkeypatch.setenv(VARIABLE, str(library))
     native = OnnxModel.load(folder, CPU, threads=1)
@@ -65,10 +68,12 @@ def test_int4_in_float16_decides_natively(export, library, monkeypatch):
     np.testing.assert_allclose(native.logits(IDS), own, atol=2e-2 * np.abs(own).max(), rtol=0)
 
 
-def test_int4_in_float32_has_nothing_native(export, library, monkeypatch):
-    """Its decisions are in int4 as well."""
-    monkeypatch.setenv(VARIABLE, str(library))
-    assert OnnxModel.load(export(Int4()), CPU, threads=1).library is None
+def test_int4_decisions_are_of_float32_and_of_the_cpu_alone(library):
+    inputs = supported(library)[CPU[0], "ir.int4", "Decide", "float32"]
+    model = Model({}, {("ir.int4", "Decide"): inputs, ("ir.int4", "RoutedMLP"): ("h",)}, "float32")
+    assert usable(library, model, CPU)
+    assert not usable(library, replace(model, dtype="float16"), CPU)
+    assert not usable(library, model, ["CUDAExecutionProvider", *CPU])
 
 
 def test_what_a_library_can_run(library):
@@ -90,7 +95,7 @@ def test_what_a_library_lacks(library):
 def test_named_library_that_cannot_run_the_model(library):
     inputs = units(library).functions["ir", "RoutedMLP"]
     with pytest.raises(
-        UserError, match=r"has no kernel of RoutedMLP for bfloat16 on CPUExecutionProvider: leave it out"
+        UserError, match=r"has no kernel of ir::RoutedMLP for bfloat16 on CPUExecutionProvider: leave it out"
     ):
         choose(library, units(library, "bfloat16"), CPU)
     with pytest.raises(UserError, match="with the inputs that this model has: they are of another version"):

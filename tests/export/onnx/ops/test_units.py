@@ -44,6 +44,14 @@ def test_decide(library, rank, execute, length, dtype):
     check(random_decide(np.random.default_rng(length), 3, length, 80, rank, 8, execute, dtype), library)
 
 
+@pytest.mark.parametrize("length", [*LENGTHS, 2])
+@pytest.mark.parametrize("execute", EXECUTES)
+@pytest.mark.parametrize(("width", "rank"), [(64, 32), (80, 12), (1000, 300)])
+def test_int4_decide(library, width, rank, execute, length):
+    batch = 1 + length % 3 if length > 2 else 1
+    check(random_decide(np.random.default_rng(length), batch, length, width, rank, 8, execute, int4=True), library)
+
+
 @pytest.mark.parametrize("dtype", [SINGLE, HALF])
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("execute", [*EXECUTES, None])
@@ -96,11 +104,13 @@ def test_long_caches(library, batch, length, past):
     rank=st.integers(0, 40),
     hidden=st.integers(1, 40),
     execute=st.sampled_from(EXECUTES),
-    dtype=st.sampled_from([SINGLE, HALF]),
+    kind=st.sampled_from([SINGLE, HALF, "int4"]),
     constant=st.booleans(),
 )
-def test_any_decide(library, seed, batch, length, width, rank, hidden, execute, dtype, constant):
-    unit = random_decide(np.random.default_rng(seed), batch, length, width, rank, hidden, execute, dtype)
+def test_any_decide(library, seed, batch, length, width, rank, hidden, execute, kind, constant):
+    int4 = kind == "int4"
+    dtype, rank = (SINGLE, max(rank, 1)) if int4 else (kind, rank)
+    unit = random_decide(np.random.default_rng(seed), batch, length, width, rank, hidden, execute, dtype, int4)
     unit.check(run(unit, library, constant))
 
 
@@ -161,7 +171,12 @@ def test_any_attention(
 @pytest.mark.parametrize("threads", [2, 4])
 def test_threads_change_nothing(library, threads):
     rng = np.random.default_rng(0)
-    for unit in (random_decide(rng, 2, 200), random_mlp(rng, 2, 200), random_attention(rng, 2, 200, 30, 0)):
+    for unit in (
+        random_decide(rng, 2, 200),
+        random_decide(rng, 2, 200, int4=True),
+        random_mlp(rng, 2, 200),
+        random_attention(rng, 2, 200, 30, 0),
+    ):
         for one, many in zip(run(unit, library, True), run(unit, library, True, threads), strict=True):
             np.testing.assert_array_equal(one, many)
 
@@ -174,7 +189,7 @@ def test_unsupported_type(library, dtype):
     options.log_severity_level = 4
     options.register_custom_ops_library(str(library))
     unit = random_mlp(np.random.default_rng(0), 1, 2)
-    elsewhere = any(kind == dtype.name.lower() for _, _, kind in supported(library))
+    elsewhere = any(kind == dtype.name.lower() for *_, kind in supported(library))
     said = (
         r"Could not find an implementation for RoutedMLP"
         if elsewhere
@@ -202,5 +217,23 @@ def test_wrong_shape(library, name, shape, message):
     inputs = {**unit.inputs, name: np.zeros(shape, np.float32)}
     if name == "past_key":
         inputs["past_value"] = inputs[name]
+    with pytest.raises(Exception, match=message):
+        run(Unit(unit.function, inputs, unit.attributes), library)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("up_weight", (64, 2, 16), r"int4 Decide \(float32\): up_weight has shape \[64, 2, 16\], not \[64, 1, 16\]"),
+        (
+            "hidden_scales",
+            (8, 1),
+            r"int4 Decide \(float32\): hidden_weight's scales have shape \[8, 1\], .* \[8, 2, 16\]",
+        ),
+    ],
+)
+def test_wrong_shape_of_int4(library, name, shape, message):
+    unit = random_decide(np.random.default_rng(0), 2, 3, int4=True)
+    inputs = {**unit.inputs, name: np.zeros(shape, unit.inputs[name].dtype)}
     with pytest.raises(Exception, match=message):
         run(Unit(unit.function, inputs, unit.attributes), library)

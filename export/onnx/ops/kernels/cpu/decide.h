@@ -1,6 +1,7 @@
 // forecast = up(silu(down(h)));  score = out(silu(hidden(h))), execute = score > threshold
 #pragma once
 
+#include "int4.h"
 #include "rows.h"
 
 namespace ir::cpu::IR_LEVEL {
@@ -19,8 +20,8 @@ inline Threads alone() {
 }
 
 // Calls f(panel) for all panels of a weight, several to a task where they are small.
-template <typename T, typename F>
-inline void each_panel(const Weight<T>& weight, int64_t rows, const Threads& threads, const F& f) {
+template <typename W, typename F>
+inline void each_panel(const Weight<W>& weight, int64_t rows, const Threads& threads, const F& f) {
   const int64_t count = panels(weight), at_once = most<int64_t>(1, kTaskWork / most<int64_t>(1, rows * weight.in * kColumns));
   threads.each((count + at_once - 1) / at_once, [&](int64_t task) {
     for (int64_t panel = task * at_once; panel < least(count, (task + 1) * at_once); ++panel) f(panel);
@@ -28,8 +29,8 @@ inline void each_panel(const Weight<T>& weight, int64_t rows, const Threads& thr
 }
 
 // A panel of silu(blocks times weight + bias), [rows, kColumns]; zero past the weight's last column.
-template <typename T>
-inline float* bent(const float* blocks, int64_t rows, const Weight<T>& weight, const T* bias, int64_t panel) {
+template <typename T, typename W>
+inline float* bent(const float* blocks, int64_t rows, const Weight<W>& weight, const T* bias, int64_t panel) {
   float* code = scratch(Use::kFirst, kChunk * kColumns);
   multiply(blocks, rows, weight, panel, code);
   const int64_t column = panel * kColumns, columns = least<int64_t>(kColumns, weight.out - column);
@@ -42,8 +43,8 @@ inline float* bent(const float* blocks, int64_t rows, const Weight<T>& weight, c
 }
 
 // The decisions of a chunk. One task does it all, in order: sums do not depend on the number of threads.
-template <typename T>
-inline void judge(const Decide<T>& unit, const float* blocks, int64_t first, int64_t rows) {
+template <typename T, typename F, typename R>
+inline void judge(const Decide<T, F, R>& unit, const float* blocks, int64_t first, int64_t rows) {
   for (int64_t r = 0; r < rows; ++r) unit.score[first + r] = *unit.out_bias;
   for (int64_t panel = 0; panel < panels(unit.router); ++panel) {
     const float* code = bent(blocks, rows, unit.router, unit.hidden_bias, panel);
@@ -55,8 +56,8 @@ inline void judge(const Decide<T>& unit, const float* blocks, int64_t first, int
 }
 
 // Tokens `first` on.
-template <typename T>
-inline void decide_rows(const Decide<T>& unit, int64_t first, int64_t count, const Threads& threads) {
+template <typename T, typename F, typename R>
+inline void decide_rows(const Decide<T, F, R>& unit, int64_t first, int64_t count, const Threads& threads) {
   const float* blocks = gather(count, unit.width, [&](int64_t r) { return unit.h + (first + r) * unit.width; }, threads);
   float* codes = scratch(Use::kHidden, kGroup * most<int64_t>(1, unit.rank));
   const auto task = [&](int64_t i) {
@@ -85,8 +86,8 @@ inline void decide_rows(const Decide<T>& unit, int64_t first, int64_t count, con
 }
 
 // Threads share the weights' columns where tokens are few, the tokens where they are many.
-template <typename T>
-inline void decide(const Decide<T>& unit, const Threads& threads) {
+template <typename T, typename F = T, typename R = float>
+inline void decide(const Decide<T, F, R>& unit, const Threads& threads) {
   if (unit.tokens <= kGroup) return decide_rows(unit, 0, unit.tokens, threads);
   threads.each((unit.tokens + kGroup - 1) / kGroup, [&](int64_t group) {
     decide_rows(unit, group * kGroup, least(kGroup, unit.tokens - group * kGroup), alone());

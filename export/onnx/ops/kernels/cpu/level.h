@@ -9,6 +9,7 @@ namespace ir::cpu {
   namespace level {                 \
   extern const Level<float> kFloat; \
   extern const Level<Half> kHalf;   \
+  extern const Int4Level kInt4;     \
   }
 #if defined(__x86_64__)
 IR_DECLARE(x86_64)

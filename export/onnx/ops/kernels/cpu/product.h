@@ -83,11 +83,30 @@ inline void pack(const T* weight, int64_t in, int64_t out, T* packed) {
     copy_slab(weight, out, 0, in, column, packed);
 }
 
-inline const float* slab_of(const float* packed, int64_t) { return packed; }
-inline const float* slab_of(const Half* packed, int64_t depth) {
+inline const float* numbers_of(const float* packed, int64_t) { return packed; }
+inline const float* numbers_of(const Half* packed, int64_t depth) {
   float* slab = scratch(Use::kSlab, kDepth * kColumns);
   widen(packed, depth * kColumns, slab);
   return slab;
+}
+
+// Rows `first` on of a panel as numbers, [depth, kColumns].
+template <typename T>
+inline const float* slab_of(const Weight<T>& weight, int64_t panel, int64_t first, int64_t depth) {
+  if (weight.packed != nullptr) return numbers_of(weight.packed + (panel * weight.in + first) * kColumns, depth);
+  float* slab = scratch(Use::kSlab, kDepth * kColumns);
+  copy_slab(weight.data, weight.out, first, depth, panel * kColumns, slab);
+  return slab;
+}
+
+// What inputs `first` on of rows, each of width `in`, add to a panel's product by that slab.
+inline void multiply_slab(const float* blocks, int64_t rows, int64_t in, const float* slab, int64_t first, int64_t depth,
+                          float* product) {
+  for (int64_t row = 0; row < rows; row += kRows) {
+    const int64_t count = block_rows(rows, row);
+    const float* block = blocks + row * in + first * count;
+    tile_of<2>(count)(depth, block, 1, count, slab, kColumns, product + row * kColumns, kColumns, first > 0);
+  }
 }
 
 // One panel of rows times weight: product [rows, kColumns]. Columns past the weight's last are 0.
@@ -95,19 +114,7 @@ template <typename T>
 inline void multiply(const float* blocks, int64_t rows, const Weight<T>& weight, int64_t panel, float* product) {
   for (int64_t first = 0; first < weight.in; first += kDepth) {
     const int64_t depth = least(kDepth, weight.in - first);
-    const float* slab;
-    if (weight.packed != nullptr) {
-      slab = slab_of(weight.packed + (panel * weight.in + first) * kColumns, depth);
-    } else {
-      float* copy = scratch(Use::kSlab, kDepth * kColumns);
-      copy_slab(weight.data, weight.out, first, depth, panel * kColumns, copy);
-      slab = copy;
-    }
-    for (int64_t row = 0; row < rows; row += kRows) {
-      const int64_t count = block_rows(rows, row);
-      const float* block = blocks + row * weight.in + first * count;
-      tile_of<2>(count)(depth, block, 1, count, slab, kColumns, product + row * kColumns, kColumns, first > 0);
-    }
+    multiply_slab(blocks, rows, weight.in, slab_of(weight, panel, first, depth), first, depth, product);
   }
 }
 

@@ -33,6 +33,15 @@ struct Weight {
   int64_t in, out;
 };
 
+// Names the weights that are stored in 4 bits, in blocks of 32 inputs that share a scale: scale * q, q in -8..7.
+struct Int4 {};
+
+template <>
+struct Weight<Int4> {
+  const uint32_t* packed;  // as Int4Level::pack left it
+  int64_t in, out;
+};
+
 // What follows a unit's last product: output = multiplier * norm(y + bias), merged with the forecast.
 template <typename T>
 struct Contribution {
@@ -43,14 +52,15 @@ struct Contribution {
   T* output;          // [tokens, width]
 };
 
-template <typename T>
+// F: the forecaster's weights. R: the router's.
+template <typename T, typename F = T, typename R = float>
 struct Decide {
   int64_t tokens, width, rank, hidden;  // without a forecaster, rank is 0 and up_bias the forecast of every token
   const T* h;                           // [tokens, width]
   const float* threshold;               // [tokens]
-  Weight<T> down, up;
+  Weight<F> down, up;
   const T *down_bias, *up_bias;  // [rank], [width]
-  Weight<float> router;          // [width, hidden]
+  Weight<R> router;              // [width, hidden]
   const float *hidden_bias, *out_weight, *out_bias;  // [hidden], [hidden], [1]
   T* forecast;                                       // [tokens, width]
   bool* execute;                                     // [tokens]
@@ -95,6 +105,13 @@ struct Level {
   void (*decide)(const Decide<T>& unit, const Threads& threads);
   void (*mlp)(const Mlp<T>& unit, const Threads& threads);
   void (*attention)(const Attention<T>& unit, const Threads& threads);
+};
+
+// What there is for weights in int4.
+struct Int4Level {
+  size_t (*packed_size)(int64_t in, int64_t out);  // in words
+  void (*pack)(const uint8_t* weight, const float* scales, int64_t in, int64_t out, uint32_t* packed);
+  void (*decide)(const Decide<float, Int4, Int4>& unit, const Threads& threads);
 };
 
 }  // namespace ir::cpu
