@@ -83,6 +83,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     quick = args.quick
     args.models = (args.models or ("small" if quick else "small,small-mha,1B")).split(",")
     args.precisions = (args.precisions or ("fp32" if quick else "fp32,int4")).split(",")
+    if unknown := set(args.precisions) - {"fp32", "int4"}:
+        parser.error(f"--precisions {', '.join(unknown)}: give fp32, int4 or both")
     args.threads = _numbers(args.threads or ("1" if quick else "1,2"))
     args.prefill = _numbers(args.prefill or ("128,512" if quick else "128,512,2048"))
     args.decode, args.batches = _numbers(args.decode), _numbers(args.batches)
@@ -104,12 +106,8 @@ def measure_model(
     points = [Point(length) for length in args.prefill if length]
     points += [Point(1, cached, batch) for cached in args.decode if cached for batch in args.batches]
     for precision in args.precisions:
-        try:
-            routed = export(checkpoint, routing, folder / f"{precision}-routed", precision)
-            dense = {"own": export(checkpoint, without_routing(), folder / f"{precision}-own", precision)}
-        except NotImplementedError as reason:
-            _note(config, f"{name}, {precision}: skipped, {reason}")
-            continue
+        routed = export(checkpoint, routing, folder / f"{precision}-routed", precision)
+        dense = {"own": export(checkpoint, without_routing(), folder / f"{precision}-own", precision)}
         try:
             dense["genai"] = build_genai(checkpoint.path, folder / f"{precision}-genai", precision, "cpu", args.genai)
         except RuntimeError as reason:

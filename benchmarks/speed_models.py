@@ -5,7 +5,6 @@ weights are random, and routers are random functions of the hidden state whose s
 distribution in every unit. One threshold then splits tokens in every unit, as it does in a calibrated model.
 """
 
-import inspect
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ from transformers import AutoTokenizer, LlamaConfig, PretrainedConfig
 from ir_convert.calibrate.options import Options
 from ir_convert.checkpoint import Checkpoint
 from ir_convert.export import onnx
+from ir_convert.export.onnx.int4 import Int4
 from ir_convert.families import UNITS, head_dim, projection_sizes
 from ir_convert.flops import Budget
 from ir_convert.routing import Curve, Routing
@@ -140,21 +140,12 @@ def without_routing() -> Routing:
 
 
 def export(checkpoint: Checkpoint, routing: Routing, folder: Path, precision: str) -> Path:
-    """Writes a model with our exporter, in place of what is there; returns the model file.
-
-    Raises:
-        NotImplementedError: the exporter cannot write this precision.
-    """
-    options = {}
-    if precision == "int4":
-        if "int4" not in inspect.signature(onnx.write).parameters:
-            raise NotImplementedError("this exporter writes no int4 yet")
-        from ir_convert.export.onnx.int4 import Int4
-
-        options["int4"] = Int4()
+    """Writes a model with our exporter, in place of what is there; returns the model file."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    onnx.write(checkpoint, routing, folder, "model.onnx", dtype=DTYPES[precision], **options)
+    onnx.write(
+        checkpoint, routing, folder, "model.onnx", dtype=DTYPES[precision], int4=Int4() if precision == "int4" else None
+    )
     return folder / "model.onnx"
 
 

@@ -176,15 +176,12 @@ def test_one_round_on_the_cpu(tmp_path, capsys):
     assert table in capsys.readouterr().out
 
 
-def test_precision_that_cannot_be_written_is_skipped(tmp_path, capsys, monkeypatch):
+def test_unknown_precision(capsys):
     import onnx_speed
 
-    def refuse(*_):
-        raise NotImplementedError("not today")
-
-    monkeypatch.setattr(onnx_speed, "export", refuse)
-    onnx_speed.main(["--models", "tiny", "--precisions", "int4", "--threads", "1", "--work", str(tmp_path)])
-    assert "tiny, int4: skipped, not today" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        onnx_speed.main(["--models", "tiny", "--precisions", "int4,fp8"])
+    assert "--precisions fp8: give fp32, int4 or both" in capsys.readouterr().err
 
 
 def test_the_gpu_script_on_the_cpu(tmp_path, capsys, monkeypatch, library):
