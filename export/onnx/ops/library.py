@@ -45,7 +45,7 @@ def supported(library: Path) -> dict[tuple[str, str, str, str], tuple[str, ...]]
     as ``("CPUExecutionProvider", "ir", "RoutedMLP", "float16")``.
 
     Raises:
-        UserError: it cannot be loaded, or is not a library of this kind.
+        UserError: it cannot be loaded, or is not a library of this kind and version.
     """
     try:
         table = ctypes.CDLL(str(library)).IrOpsTable
@@ -53,4 +53,6 @@ def supported(library: Path) -> dict[tuple[str, str, str, str], tuple[str, ...]]
         raise UserError(f"{library} is not a library of native kernels: {error}") from error
     table.restype = ctypes.c_char_p
     lines = [line.split() for line in table().decode().splitlines()]
+    if any(line[1].partition(".")[0] != "ir" for line in lines):  # an earlier version named no domains
+        raise UserError(f"{library} is of another version: build it again (python -m ir_convert.export.onnx.ops build)")
     return {(provider, domain, name, kind): tuple(inputs) for provider, domain, name, kind, *inputs in lines}

@@ -1,5 +1,7 @@
 """How the runtime chooses a library of native kernels: found, named, none; and which models keep their own functions."""
 
+import shutil
+import subprocess
 from dataclasses import replace
 
 import numpy as np
@@ -127,3 +129,9 @@ def test_no_library(library, tmp_path, monkeypatch):
     monkeypatch.setenv(VARIABLE, str(text))
     with pytest.raises(UserError, match=r"text.so is not a library of native kernels"):
         choose(None, units(library), CPU)
+    source, old = tmp_path / "old.cpp", tmp_path / "old.so"
+    source.write_text('extern "C" const char* IrOpsTable() { return "CPUExecutionProvider RoutedMLP float32 h\\n"; }')
+    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))))
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", str(old), str(source)], check=True)
+    with pytest.raises(UserError, match=r"old.so is of another version: build it again"):
+        choose(old, units(library), CPU)
