@@ -71,7 +71,8 @@ def decide(forecasts: bool = True, dtype: ir.DataType = FLOAT, int4: Int4 | None
         h ``F[B, S, d]``: what the unit sees. threshold ``float32[B, S]``, of every token.
         down_weight ``F[d, r]``, down_bias ``F[r]``, up_weight ``F[r, d]``: all or none; up_bias ``F[d]``.
         hidden_weight ``float32[d, w]``, hidden_bias, out_weight ``float32[w]``, out_bias ``float32[1]``.
-    Outputs: forecast ``F[B, S, d]``, execute ``bool[B, S]``, score ``float32[B, S]``.
+    Outputs: forecast ``F[B, S, d]``, of tokens that do not execute: another's is not read, and a native kernel may leave it 0;
+    execute ``bool[B, S]``; score ``float32[B, S]``.
 
     The router is float32 at every precision: its scores are compared with a threshold that was measured in float32. But with
     int4 both are in int4, which moves scores and forecasts by less than either is off by itself (docs/calibration.md). Then

@@ -33,7 +33,10 @@ def check(unit: Unit, library, constant: bool = True, threads: int = 1) -> None:
     """Holds the kernel against float64, and against the function's body in ONNX Runtime's own operators."""
     got = run(unit, library, constant, threads)
     unit.check(got)
-    same(got, run(unit, None, constant), 3e-5 if unit.dtype == SINGLE else 6e-3)
+    body = run(unit, None, constant)
+    if unit.function == "Decide":
+        got[0], body[0] = unit.read(got[0]), unit.read(body[0])
+    same(got, body, 3e-5 if unit.dtype == SINGLE else 6e-3)
 
 
 @pytest.mark.parametrize("dtype", [SINGLE, HALF])

@@ -1,4 +1,4 @@
-// forecast = up(silu(down(h)));  score = out(silu(hidden(h))), execute = score > threshold
+// score = out(silu(hidden(h))), execute = score > threshold;  forecast = up(silu(down(h))) of tokens that do not execute
 #pragma once
 
 #include "int4.h"
@@ -42,7 +42,7 @@ inline float* bent(const float* blocks, int64_t rows, const Weight<W>& weight, c
   return code;
 }
 
-// The decisions of a chunk. One task does it all, in order: sums do not depend on the number of threads.
+// The decisions of rows, in the blocks that hold them. Which rows go together does not depend on the number of threads.
 template <typename T, typename F, typename R>
 inline void judge(const Decide<T, F, R>& unit, const float* blocks, int64_t first, int64_t rows) {
   for (int64_t r = 0; r < rows; ++r) unit.score[first + r] = *unit.out_bias;
@@ -55,34 +55,48 @@ inline void judge(const Decide<T, F, R>& unit, const float* blocks, int64_t firs
   for (int64_t i = first; i < first + rows; ++i) unit.execute[i] = unit.score[i] > unit.threshold[i];
 }
 
-// Tokens `first` on.
+// The forecasts of these tokens, whose rows of h are in the blocks.
 template <typename T, typename F, typename R>
-inline void decide_rows(const Decide<T, F, R>& unit, int64_t first, int64_t count, const Threads& threads) {
-  const float* blocks = gather(count, unit.width, [&](int64_t r) { return unit.h + (first + r) * unit.width; }, threads);
-  float* codes = scratch(Use::kHidden, kGroup * most<int64_t>(1, unit.rank));
-  const auto task = [&](int64_t i) {
-    if (i == 0) return judge(unit, blocks, first, count);
-    const int64_t panel = i - 1, column = panel * kColumns;
-    const float* code = bent(blocks, count, unit.down, unit.down_bias, panel);
-    to_blocks(code, count, column, least<int64_t>(kColumns, unit.rank - column), unit.rank, codes);
-  };
-  const int64_t tasks = 1 + (unit.rank > 0 ? panels(unit.down) : 0);
-  const bool small = count * unit.width * (unit.rank + unit.hidden) < kTaskWork;
-  (small ? alone() : threads).each(tasks, task);
-  if (unit.rank == 0) {
-    for (int64_t r = 0; r < count; ++r)
-      std::memcpy(unit.forecast + (first + r) * unit.width, unit.up_bias, static_cast<size_t>(unit.width) * sizeof(T));
-    return;
-  }
-  each_panel(unit.up, count, threads, [&](int64_t panel) {
+inline void forecast_rows(const Decide<T, F, R>& unit, const float* blocks, Rows rows, const Threads& threads) {
+  float* codes = scratch(Use::kHidden, kGroup * unit.rank);
+  each_panel(unit.down, rows.count, threads, [&](int64_t panel) {
+    const float* code = bent(blocks, rows.count, unit.down, unit.down_bias, panel);
+    const int64_t column = panel * kColumns;
+    to_blocks(code, rows.count, column, least<int64_t>(kColumns, unit.rank - column), unit.rank, codes);
+  });
+  each_panel(unit.up, rows.count, threads, [&](int64_t panel) {
     float* product = scratch(Use::kFirst, kChunk * kColumns);
-    multiply(codes, count, unit.up, panel, product);
+    multiply(codes, rows.count, unit.up, panel, product);
     const int64_t column = panel * kColumns, columns = least<int64_t>(kColumns, unit.width - column);
-    for (int64_t r = 0; r < count; ++r) {
+    for (int64_t r = 0; r < rows.count; ++r) {
       add_row(unit.up_bias + column, columns, product + r * kColumns);
-      narrow(product + r * kColumns, columns, unit.forecast + (first + r) * unit.width + column);
+      narrow(product + r * kColumns, columns, unit.forecast + rows.tokens[r] * unit.width + column);
     }
   });
+}
+
+// Tokens `first` on. One that executes is forecast as 0: nobody reads it.
+template <typename T, typename F, typename R>
+inline void decide_rows(const Decide<T, F, R>& unit, int64_t first, int64_t count, const Threads& threads) {
+  const auto row = [&](int64_t token) { return unit.h + token * unit.width; };
+  const float* blocks = gather(count, unit.width, [&](int64_t r) { return row(first + r); }, threads);
+  const int64_t at_once = unit.tokens <= kGroup ? kRows : kGroup;  // in groups, tasks are handed out already
+  const bool small = count * unit.width * unit.hidden < kTaskWork;
+  (small ? alone() : threads).each((count + at_once - 1) / at_once, [&](int64_t task) {
+    const int64_t done = task * at_once;
+    judge(unit, blocks + done * unit.width, first + done, least(at_once, count - done));
+  });
+  auto* tokens = scratch<int64_t>(Use::kExecuted, kGroup);
+  Rows rest{tokens, 0};
+  for (int64_t i = first; i < first + count; ++i) {
+    T* forecast = unit.forecast + i * unit.width;
+    if (!unit.execute[i]) tokens[rest.count++] = i;
+    if (unit.execute[i]) std::memset(static_cast<void*>(forecast), 0, static_cast<size_t>(unit.width) * sizeof(T));
+    else if (unit.rank == 0) std::memcpy(forecast, unit.up_bias, static_cast<size_t>(unit.width) * sizeof(T));
+  }
+  if (unit.rank == 0 || rest.count == 0) return;
+  if (rest.count < count) blocks = gather(rest.count, unit.width, [&](int64_t r) { return row(rest.tokens[r]); }, threads);
+  forecast_rows(unit, blocks, rest, threads);
 }
 
 // Threads share the weights' columns where tokens are few, the tokens where they are many.
