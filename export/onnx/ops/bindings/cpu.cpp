@@ -83,10 +83,12 @@ void CpuDecide<T>::compute(const Context& context) const {
   best<T>().decide(unit, threads(context));
 }
 
-Int4Weight::Int4Weight(const Node& node, const char* weight, const char* scales, int64_t in) {
+Int4Weight::Int4Weight(const Node& node, const char* weight, const char* scales) {
   const Signature& signature = node.signature();
   const Tensor q = node.constant(signature.index(weight)), scale = node.constant(signature.index(scales));
-  if (!q.present || !scale.present || q.rank != 3) return;
+  // What has other shapes is left to the call, which refuses it.
+  if (!q.present || !scale.present || q.rank != 3 || q.shape[2] != 16 || scale.size() != q.shape[0] * q.shape[1]) return;
+  const int64_t in = 32 * q.shape[1];  // up to whole blocks: they are packed alike
   packed_.resize(best_int4().packed_size(in, q.shape[0]));
   best_int4().pack(q.as<uint8_t>(), scale.as<float>(), in, q.shape[0], packed_.data());
 }
@@ -102,9 +104,9 @@ cpu::Weight<cpu::Int4> Int4Weight::operator()(const Tensor& weight, const Tensor
 
 CpuInt4Decide::CpuInt4Decide(const Op& op, const Info& info)
     : node_(op, info),
-      down_(node_, "down_weight", "down_scales", info.required("hidden_size")),
-      up_(node_, "up_weight", "up_scales", info.required("rank")),
-      router_(node_, "hidden_weight", "hidden_scales", info.required("hidden_size")) {}
+      down_(node_, "down_weight", "down_scales"),
+      up_(node_, "up_weight", "up_scales"),
+      router_(node_, "hidden_weight", "hidden_scales") {}
 
 void CpuInt4Decide::compute(const Context& context) const {
   const DecideCall call(node_, context);

@@ -38,7 +38,7 @@ class CpuDecide : public Kernel {
 // A weight in int4, packed when its kernel is made, or else anew in every call.
 class Int4Weight {
  public:
-  Int4Weight(const Node& node, const char* weight, const char* scales, int64_t in);
+  Int4Weight(const Node& node, const char* weight, const char* scales);
   cpu::Weight<cpu::Int4> operator()(const Tensor& weight, const Tensor& scales, int64_t in, std::vector<uint32_t>& packed) const;
 
  private:

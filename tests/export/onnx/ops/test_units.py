@@ -235,8 +235,9 @@ def test_wrong_shape(library, name, shape, message):
         ),
     ],
 )
-def test_wrong_shape_of_int4(library, name, shape, message):
+@pytest.mark.parametrize("constant", [False, True])
+def test_wrong_shape_of_int4(library, constant, name, shape, message):
     unit = random_decide(np.random.default_rng(0), 2, 3, int4=True)
     inputs = {**unit.inputs, name: np.zeros(shape, unit.inputs[name].dtype)}
     with pytest.raises(Exception, match=message):
-        run(Unit(unit.function, inputs, unit.attributes), library)
+        run(Unit(unit.function, inputs, unit.attributes), library, constant)
