@@ -83,23 +83,29 @@ void CpuDecide<T>::compute(const Context& context) const {
   best<T>().decide(unit, threads(context));
 }
 
+namespace {
+
+template <typename Words>
+void pack(const Tensor& weight, const Tensor& scales, Words& packed) {
+  const int64_t in = 32 * weight.shape[1], out = weight.shape[0];  // up to whole blocks: they are packed alike
+  packed.resize(best_int4().packed_size(in, out));
+  best_int4().pack(weight.as<uint8_t>(), scales.as<float>(), in, out, packed.data());
+}
+
+}  // namespace
+
 Int4Weight::Int4Weight(const Node& node, const char* weight, const char* scales) {
   const Signature& signature = node.signature();
   const Tensor q = node.constant(signature.index(weight)), scale = node.constant(signature.index(scales));
   // What has other shapes is left to the call, which refuses it.
   if (!q.present || !scale.present || q.rank != 3 || q.shape[2] != 16 || scale.size() != q.shape[0] * q.shape[1]) return;
-  const int64_t in = 32 * q.shape[1];  // up to whole blocks: they are packed alike
-  packed_.resize(best_int4().packed_size(in, q.shape[0]));
-  best_int4().pack(q.as<uint8_t>(), scale.as<float>(), in, q.shape[0], packed_.data());
+  pack(q, scale, packed_);
 }
 
 cpu::Weight<cpu::Int4> Int4Weight::operator()(const Tensor& weight, const Tensor& scales, int64_t in,
                                               std::vector<uint32_t>& packed) const {
-  const int64_t out = weight.shape[0];
-  if (!packed_.empty()) return {packed_.data(), in, out};
-  packed.resize(best_int4().packed_size(in, out));
-  best_int4().pack(weight.as<uint8_t>(), scales.as<float>(), in, out, packed.data());
-  return {packed.data(), in, out};
+  if (packed_.empty()) pack(weight, scales, packed);
+  return {packed_.empty() ? packed.data() : packed_.data(), in, weight.shape[0]};
 }
 
 CpuInt4Decide::CpuInt4Decide(const Op& op, const Info& info)

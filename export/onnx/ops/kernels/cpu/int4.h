@@ -40,14 +40,10 @@ inline Vector numbers(Integers words, int place) {
   return __builtin_convertvector((words << (28 - 4 * place)) & ~0x0fffffff, Vector);
 }
 
-inline Integers load_words(const uint32_t* p) {
-  Integers v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-
-inline Vector load_scales(const uint32_t* p) {
-  Vector v;
+// A panel holds words, and scales among them.
+template <typename V>
+inline V load_as(const uint32_t* p) {
+  V v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
@@ -68,7 +64,7 @@ inline void multiply_few(const float* block, const Weight<Int4>& weight, int64_t
     Vector parts[R][2][2] = {};  // two of each, for an addition takes longer than what is between two
     for (int64_t word = 0; word < kBlock / kInWord; ++word, h += kInWord * R) {
       const uint32_t* row = words + (1 + word) * kColumns;
-      const Integers columns[2] = {load_words(row), load_words(row + kLanes)};
+      const Integers columns[2] = {load_as<Integers>(row), load_as<Integers>(row + kLanes)};
 #pragma GCC unroll 8
       for (int place = 0; place < kInWord; ++place)
         for (int n = 0; n < 2; ++n) {
@@ -77,7 +73,7 @@ inline void multiply_few(const float* block, const Weight<Int4>& weight, int64_t
         }
     }
     for (int n = 0; n < 2; ++n)
-      for (int r = 0; r < R; ++r) sums[r][n] += (parts[r][n][0] + parts[r][n][1]) * load_scales(words + n * kLanes);
+      for (int r = 0; r < R; ++r) sums[r][n] += (parts[r][n][0] + parts[r][n][1]) * load_as<Vector>(words + n * kLanes);
   }
   for (int r = 0; r < R; ++r)
     for (int n = 0; n < 2; ++n) store(product + r * kColumns + n * kLanes, sums[r][n]);
@@ -90,8 +86,8 @@ inline const float* slab_of(const Weight<Int4>& weight, int64_t panel, int64_t f
   for (int64_t k = 0; k < depth; k += kBlock, words += kBlockWords) {
     for (int64_t word = 0; word < kBlock / kInWord; ++word) {
       for (int n = 0; n < 2; ++n) {
-        const Integers columns = load_words(words + (1 + word) * kColumns + n * kLanes);
-        const Vector scales = load_scales(words + n * kLanes);
+        const Integers columns = load_as<Integers>(words + (1 + word) * kColumns + n * kLanes);
+        const Vector scales = load_as<Vector>(words + n * kLanes);
         float* column = slab + (k + word * kInWord) * kColumns + n * kLanes;
 #pragma GCC unroll 8
         for (int place = 0; place < kInWord; ++place) store(column + place * kColumns, numbers(columns, place) * scales);
