@@ -5,6 +5,6 @@ the functions of domain ``ir``; docs/native-kernels.md says which.
 """
 
 from .building import build
-from .library import find, supported
+from .library import find, level, supported
 
-__all__ = ["build", "find", "supported"]
+__all__ = ["build", "find", "level", "supported"]

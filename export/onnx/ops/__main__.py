@@ -6,7 +6,7 @@ import click
 
 from ir_convert.errors import UserError
 
-from . import build, find, supported
+from . import build, find, level, supported
 
 
 @click.group()
@@ -32,7 +32,7 @@ def find_command() -> None:
     """Prints where the library is, and what it has kernels for."""
     if (library := find()) is None:
         raise UserError("no library has been built: python -m ir_convert.export.onnx.ops build")
-    click.echo(library)
+    click.echo(f"{library}, CPU kernels for {level(library)}")
     for kernel in sorted(supported(library)):
         click.echo("  " + " ".join(kernel))
 

@@ -14,6 +14,7 @@ SOURCES = Path(__file__).parent
 SUFFIXES = (".txt", ".h", ".cpp", ".cuh", ".cu")
 NAME = "libir_ops.dylib" if platform.system() == "Darwin" else "libir_ops.so"
 VARIABLE = "IR_CONVERT_OPS"  # names a library to use in place of the built one; empty: none
+LEVEL = "IR_CONVERT_OPS_LEVEL"  # names the best level of the instruction set that kernels may be for
 
 
 def location() -> Path:
@@ -56,3 +57,16 @@ def supported(library: Path) -> dict[tuple[str, str, str, str], tuple[str, ...]]
     if any(line[1].partition(".")[0] != "ir" for line in lines):  # an earlier version named no domains
         raise UserError(f"{library} is of another version: build it again (python -m ir_convert.export.onnx.ops build)")
     return {(provider, domain, name, kind): tuple(inputs) for provider, domain, name, kind, *inputs in lines}
+
+
+def level(library: Path) -> str:
+    """Returns the level of the instruction set that a library's CPU kernels are for in this process: ``x86-64-v3``.
+
+    Raises:
+        UserError: the environment names one that the library or this processor does not have.
+    """
+    function = ctypes.CDLL(str(library)).IrOpsLevel
+    function.restype = ctypes.c_char_p
+    if not (name := function().decode()):
+        raise UserError(f"{LEVEL} names '{os.environ.get(LEVEL)}', which this processor or the library does not have")
+    return str(name)

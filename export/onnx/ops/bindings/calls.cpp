@@ -16,6 +16,10 @@ class Reader {
     return tensor;
   }
   void skip() { ++index_; }
+  template <size_t N>
+  void fill(Tensor (&tensors)[N]) {
+    for (Tensor& tensor : tensors) tensor = next();
+  }
 
  private:
   const Node& node_;
@@ -40,12 +44,18 @@ void expect_rank(const char* name, const Tensor& tensor, size_t rank) {
 }
 
 // The weights of a projection, of whichever kind.
-void expect_weight(const char* name, const Tensor& weight, const Tensor& scales, int64_t in, int64_t out) {
+void expect_weight(const char* name, const Tensor& weight, int64_t in, int64_t out, const Tensor& scales,
+                   const Tensor& zero_points = {}) {
   if (!scales.present) return expect(name, weight, {in, out});
   const int64_t blocks = (in + 31) / 32;
   expect(name, weight, {out, blocks, 16});
   if (scales.rank != 2 || scales.shape[0] != out || scales.shape[1] != blocks)
     throw Error(std::string(name) + "'s scales have shape " + scales.text() + ", its weights " + weight.text());
+  if (!zero_points.present) return;
+  const bool packed = zero_points.element == abi::kUint8;  // two a byte
+  if (!packed && zero_points.element != scales.element) throw Error(std::string(name) + "'s zero points are of a type of their own");
+  if (zero_points.rank != 2 || zero_points.shape[0] != out || zero_points.shape[1] != (packed ? (blocks + 1) / 2 : blocks))
+    throw Error(std::string(name) + "'s zero points have shape " + zero_points.text() + ", its weights " + weight.text());
 }
 
 }  // namespace
@@ -56,8 +66,7 @@ DecideCall::DecideCall(const Node& node, const Context& context) {
   down_weight = reader.next(), down_bias = reader.next(), up_weight = reader.next(), up_bias = reader.next();
   hidden_weight = reader.next(), hidden_bias = reader.next(), out_weight = reader.next(), out_bias = reader.next();
 
-  if (node.signature().int4)
-    down_scales = reader.next(), up_scales = reader.next(), hidden_scales = reader.next();
+  if (node.signature().int4) reader.fill(scales);
 
   expect_rank("h", h, 3);
   expect_rank("hidden_bias", hidden_bias, 1);
@@ -67,10 +76,10 @@ DecideCall::DecideCall(const Node& node, const Context& context) {
   batch = h.shape[0], sequence = h.shape[1], width = h.shape[2];
   rank = down_bias.present ? down_bias.shape[0] : 0, hidden = hidden_bias.shape[0];
   expect("threshold", threshold, {batch, sequence});
-  expect_weight("down_weight", down_weight, down_scales, width, rank);
-  expect_weight("up_weight", up_weight, up_scales, rank, width);
+  expect_weight("down_weight", down_weight, width, rank, scales[0]);
+  expect_weight("up_weight", up_weight, rank, width, scales[1]);
   expect("up_bias", up_bias, {width});
-  expect_weight("hidden_weight", hidden_weight, hidden_scales, width, hidden);
+  expect_weight("hidden_weight", hidden_weight, width, hidden, scales[2]);
   expect("out_weight", out_weight, {hidden});
   expect("out_bias", out_bias, {1});
 }
@@ -89,15 +98,17 @@ MlpCall::MlpCall(const Node& node, const Context& context) {
   gate_weight = reader.next(), up_weight = reader.next(), down_weight = reader.next();
   gate_bias = reader.next(), up_bias = reader.next(), down_bias = reader.next();
   post_norm = reader.next();
+  const bool int4 = node.signature().int4;
+  if (int4) reader.fill(scales), reader.fill(zero_points);
 
   expect_rank("h", h, 3);
-  expect_rank("gate_weight", gate_weight, 2);
-  batch = h.shape[0], sequence = h.shape[1], width = h.shape[2], hidden = gate_weight.shape[1];
+  expect_rank("gate_weight", gate_weight, int4 ? 3 : 2);
+  batch = h.shape[0], sequence = h.shape[1], width = h.shape[2], hidden = gate_weight.shape[int4 ? 0 : 1];
   expect("forecast", forecast, {batch, sequence, width});
   expect("execute", execute, {batch, sequence});
-  expect("gate_weight", gate_weight, {width, hidden});
-  expect("up_weight", up_weight, {width, hidden});
-  expect("down_weight", down_weight, {hidden, width});
+  expect_weight("gate_weight", gate_weight, width, hidden, scales[0], zero_points[0]);
+  expect_weight("up_weight", up_weight, width, hidden, scales[1], zero_points[1]);
+  expect_weight("down_weight", down_weight, hidden, width, scales[2], zero_points[2]);
   expect("gate_bias", gate_bias, {hidden});
   expect("up_bias", up_bias, {hidden});
   expect("down_bias", down_bias, {width});
@@ -131,6 +142,7 @@ AttentionCall::AttentionCall(const Node& node, const AttentionSetting& setting, 
   q_weight = reader.next(), k_weight = reader.next(), v_weight = reader.next(), o_weight = reader.next();
   q_bias = reader.next(), k_bias = reader.next(), v_bias = reader.next(), o_bias = reader.next();
   q_norm = reader.next(), k_norm = reader.next(), post_norm = reader.next();
+  if (node.signature().int4) reader.fill(scales), reader.fill(zero_points);
 
   expect_rank("h", h, 3);
   expect_rank("mask", mask, 3);
@@ -145,10 +157,10 @@ AttentionCall::AttentionCall(const Node& node, const AttentionSetting& setting, 
   expect("mask", mask, {batch, sequence, total});
   expect("past_key", past_key, {batch, setting.kv_heads, capacity, setting.head_dim});
   expect("past_value", past_value, {batch, setting.kv_heads, capacity, setting.head_dim});
-  expect("q_weight", q_weight, {width, q});
-  expect("k_weight", k_weight, {width, kv});
-  expect("v_weight", v_weight, {width, kv});
-  expect("o_weight", o_weight, {q, width});
+  expect_weight("q_weight", q_weight, width, q, scales[0], zero_points[0]);
+  expect_weight("k_weight", k_weight, width, kv, scales[1], zero_points[1]);
+  expect_weight("v_weight", v_weight, width, kv, scales[2], zero_points[2]);
+  expect_weight("o_weight", o_weight, q, width, scales[3], zero_points[3]);
   expect("q_bias", q_bias, {q});
   expect("k_bias", k_bias, {kv});
   expect("v_bias", v_bias, {kv});

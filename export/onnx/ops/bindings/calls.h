@@ -8,7 +8,7 @@ namespace ir {
 struct DecideCall {
   Tensor h, threshold, down_weight, down_bias, up_weight, up_bias;  // without a forecaster, up_bias alone is the forecast
   Tensor hidden_weight, hidden_bias, out_weight, out_bias;
-  Tensor down_scales, up_scales, hidden_scales;  // with weights in int4: [out, blocks], and weights are [out, blocks, 16]
+  Tensor scales[3];              // of down, up and hidden, if weights are in int4: [out, blocks], and weights are [out, blocks, 16]
   int64_t batch, sequence, width, rank, hidden;  // h is [batch, sequence, width]
 
   DecideCall(const Node& node, const Context& context);
@@ -25,6 +25,7 @@ struct MlpSetting {
 struct MlpCall {
   Tensor h, forecast, execute;  // the latter two are absent in a plain unit
   Tensor gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias, post_norm;
+  Tensor scales[3], zero_points[3];  // of gate, up and down, if weights are in int4; the latter are optional
   int64_t batch, sequence, width, hidden;  // h is [batch, sequence, width]
 
   MlpCall(const Node& node, const Context& context);
@@ -41,6 +42,7 @@ struct AttentionSetting {
 struct AttentionCall {
   Tensor h, forecast, execute, cos, sin, mask, past_key, past_value;
   Tensor q_weight, k_weight, v_weight, o_weight, q_bias, k_bias, v_bias, o_bias, q_norm, k_norm, post_norm;
+  Tensor scales[4], zero_points[4];  // of q, k, v and o, if weights are in int4; the latter are optional
   int64_t batch, sequence, width;
   int64_t total;     // T: slots in use after this call; the new tokens are the last of them
   int64_t capacity;  // of past_key: the present has max(capacity, total) slots

@@ -33,6 +33,7 @@ int element_of(Type type, const Op& op) {
     case Type::kBool: return abi::kBool;
     case Type::kInt32: return abi::kInt32;
     case Type::kUint8: return abi::kUint8;
+    case Type::kAny: return abi::kUndefined;
     default: return op.element;
   }
 }
@@ -54,12 +55,17 @@ const char* element_name(int element) {
 
 size_t Signature::index(const char* input) const {
   size_t i = 0;
-  while (std::strcmp(inputs[i].name, input) != 0) ++i;
+  while (i < input_count && std::strcmp(inputs[i].name, input) != 0) ++i;
   return i;
 }
 
 Node::Node(const Op& op, const Info& info) : signature_(op.signature), constants_(signature_.input_count) {
   for (size_t i = 0; i < signature_.input_count; ++i) constants_[i] = info.constant(i);
+}
+
+Tensor Node::constant(const std::string& name) const {
+  const size_t index = signature_.index(name.c_str());
+  return index < constants_.size() ? constants_[index] : Tensor{};
 }
 
 std::string Op::text() const {

@@ -9,7 +9,7 @@
 namespace ir {
 
 // The types of inputs and outputs: F is the operator's own float type.
-enum class Type { kF, kFloat, kBool, kInt32, kUint8 };
+enum class Type { kF, kFloat, kBool, kInt32, kUint8, kAny };
 
 struct Input {
   const char* name;
@@ -31,7 +31,7 @@ struct Signature {
   bool int4 = false;  // is of weights in int4, which have a domain of their own
 
   const char* domain() const { return int4 ? "ir.int4" : "ir"; }
-  size_t index(const char* input) const;
+  size_t index(const char* input) const;  // input_count if there is none of this name
 };
 
 class Kernel {
@@ -62,7 +62,7 @@ class Node {
   Node(const Op& op, const Info& info);
 
   const Signature& signature() const { return signature_; }
-  Tensor constant(size_t index) const { return constants_[index]; }  // absent if the input may change from call to call
+  Tensor constant(const std::string& name) const;  // absent if there is none, or it may change from call to call
   Tensor input(const Context& context, size_t index) const {
     return constants_[index].present ? constants_[index] : context.input(index);
   }

@@ -24,6 +24,17 @@ const Op kTable[] = {
     IR_UNITS(abi::kFloat, kCpu, CpuDecide<float>, CpuMlp<float>, CpuAttention<float>),
     IR_UNITS(abi::kFloat16, kCpu, CpuDecide<Half>, CpuMlp<Half>, CpuAttention<Half>),
     {kInt4Decide, abi::kFloat, kCpu, make<CpuInt4Decide>},
+#ifdef __x86_64__  // elsewhere there are no products of bytes yet, and ONNX Runtime's own are faster
+#define IR_INT4_UNITS(element, T)                                                     \
+  {kInt4RoutedMlp, element, kCpu, make<CpuMlp<T, cpu::Int4>>},                        \
+      {kInt4DenseMlp, element, kCpu, make<CpuMlp<T, cpu::Int4>>},                     \
+      {kInt4RoutedAttention, element, kCpu, make<CpuAttention<T, cpu::Int4>>},        \
+      {kInt4RoutedAttentionStrict, element, kCpu, make<CpuAttention<T, cpu::Int4>>},  \
+      {kInt4DenseAttention, element, kCpu, make<CpuAttention<T, cpu::Int4>>}
+    IR_INT4_UNITS(abi::kFloat, float),
+    IR_INT4_UNITS(abi::kFloat16, Half),
+#undef IR_INT4_UNITS
+#endif
 #ifdef IR_CUDA
     IR_CUDA_UNITS  // as above; cuda.h defines it
 #endif
@@ -51,6 +62,15 @@ IR_EXPORT const char* IrOpsTable() {
     return table;
   }();
   return table.c_str();
+}
+
+// The level of the instruction set that CPU kernels are for; empty where there is none of that name.
+IR_EXPORT const char* IrOpsLevel() {
+  try {
+    return ir::best_kernels().level;
+  } catch (const ir::Error&) {
+    return "";
+  }
 }
 
 IR_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const ir::abi::Base* base) {

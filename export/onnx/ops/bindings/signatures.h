@@ -5,6 +5,8 @@
 
 namespace ir {
 
-extern const Signature kDecide, kInt4Decide, kRoutedMlp, kDenseMlp, kRoutedAttention, kRoutedAttentionStrict, kDenseAttention;
+extern const Signature kDecide, kRoutedMlp, kDenseMlp, kRoutedAttention, kRoutedAttentionStrict, kDenseAttention;
+extern const Signature kInt4Decide, kInt4RoutedMlp, kInt4DenseMlp, kInt4RoutedAttention, kInt4RoutedAttentionStrict,
+    kInt4DenseAttention;
 
 }  // namespace ir

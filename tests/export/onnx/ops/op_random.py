@@ -1,13 +1,14 @@
 """Random calls of every function, awkward ones among them."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from op_units import INT4, Unit
+from op_units import Unit
 from torch import from_numpy
 
-from ir_convert.export.onnx.int4 import quantise
+from ir_convert.export.onnx.int4 import Int4, quantise
 
 EXECUTES = ("none", "one", "all", "random", "ragged")
 
@@ -29,7 +30,7 @@ def random_decide(
     hidden: int = 8,
     execute: str = "random",
     dtype: type = np.float32,
-    int4: bool = False,
+    int4: Int4 | None = None,
 ) -> Unit:
     """Returns a Decide with these decisions, by margins that no rounding crosses; with a rank of 0, without a forecaster."""
     weights, rows = {}, {}
@@ -40,16 +41,24 @@ def random_decide(
         rng, {"hidden_weight": (width, hidden)}, {"hidden_bias": hidden, "out_weight": hidden, "out_bias": 1}
     )
     inputs = _cast(inputs, dtype) | {name: x.astype(np.float32) for name, x in router.items()}
-    attributes = {}
-    if int4:
-        attributes = {"hidden_size": width, "rank": rank, "codes": rank + hidden + 1}
-        for name in ("down", "up", "hidden"):
-            parts = quantise(from_numpy(inputs[f"{name}_weight"].T.copy()), INT4).parts()
-            inputs |= {f"{name}_{part}": tensor.numpy() for part, tensor in parts.items()}
+    attributes = {"hidden_size": width, "rank": rank, "codes": rank + hidden + 1} if int4 else {}
     unit = Unit("Decide", inputs | {"threshold": np.zeros((batch, length), np.float32)}, attributes)
+    if int4 is not None:
+        unit = quantised(unit, int4)
     _, _, score = unit.expected()
     margin = np.where(execute_mask(rng, execute, batch, length), -0.01, 0.01) * (1 + np.abs(score).max())
-    return Unit("Decide", inputs | {"threshold": (score + margin).astype(np.float32)}, attributes)
+    return replace(unit, inputs={**unit.inputs, "threshold": (score + margin).astype(np.float32)})
+
+
+def quantised(unit: Unit, int4: Int4) -> Unit:
+    """Returns the same call with its weights in int4."""
+    inputs = dict(unit.inputs)
+    for name in unit.projections():
+        packed = quantise(from_numpy(inputs[f"{name}_weight"].T.astype(np.float32)), int4)
+        for part, tensor in packed.parts().items():
+            array = tensor.numpy()
+            inputs[f"{name}_{part}"] = array if array.dtype == np.uint8 else array.astype(unit.dtype)
+    return replace(unit, inputs=inputs, int4=int4)
 
 
 def random_mlp(

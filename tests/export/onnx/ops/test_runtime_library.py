@@ -10,6 +10,7 @@ import torch
 from models import random_routing, save_random
 
 from ir_convert.checkpoint import Checkpoint
+from ir_convert.choices import INT4_METHODS
 from ir_convert.errors import UserError
 from ir_convert.export.onnx import write
 from ir_convert.export.onnx.int4 import Int4
@@ -60,21 +61,27 @@ def test_found_and_registered(export, library, monkeypatch, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_int4_decides_natively(export, library, monkeypatch, dtype):
-    """Its units keep their functions, of which the library has none; in float32 its decisions are in int4 as well."""
-    folder = export(Int4(), dtype)
+@pytest.mark.parametrize("method", INT4_METHODS)
+def test_int4(export, library, monkeypatch, dtype, method):
+    """Units in int4; decisions too, where floats are float32."""
+    folder = export(Int4(method), dtype)
     own = OnnxModel.load(folder, CPU, threads=1).logits(IDS)
     monkeypatch.setenv(VARIABLE, str(library))
     native = OnnxModel.load(folder, CPU, threads=1)
     assert native.library == library
-    np.testing.assert_allclose(native.logits(IDS), own, atol=2e-2 * np.abs(own).max(), rtol=0)
+    # With float16, and with fractional zero points, ONNX Runtime's products leave activations as they are; ours round them.
+    rounds = dtype == torch.float32 and method != "hqq"
+    error = (np.abs(native.logits(IDS) - own).max(-1) / np.abs(own).max()).astype(np.float32)  # of each token
+    assert error.max() <= 1e-2 if rounds else np.median(error) <= 5e-2  # then a decision may fall differently
 
 
-def test_int4_decisions_are_of_float32_and_of_the_cpu_alone(library):
-    inputs = supported(library)[CPU[0], "ir.int4", "Decide", "float32"]
-    model = Model({}, {("ir.int4", "Decide"): inputs, ("ir.int4", "RoutedMLP"): ("h",)}, "float32")
+def test_int4_is_for_the_cpu_alone(library):
+    functions = {
+        ("ir.int4", name): supported(library)[CPU[0], "ir.int4", name, "float32"] for name in ("Decide", "RoutedMLP")
+    }
+    model = Model({}, functions, "float32")
     assert usable(library, model, CPU)
-    assert not usable(library, replace(model, dtype="float16"), CPU)
+    assert not usable(library, replace(model, dtype="float16"), CPU)  # its decisions would be in float16
     assert not usable(library, model, ["CUDAExecutionProvider", *CPU])
 
 

@@ -6,8 +6,8 @@
 namespace ir::cpu::IR_LEVEL {
 
 // (bias) -> (norm of each head, or of all) -> rotary; y is [heads, head_dim] of one token.
-template <typename T>
-inline void rotate(const Attention<T>& unit, int64_t token, int64_t heads, const T* bias, const T* norm, bool whole, float* y) {
+template <typename T, typename W>
+inline void rotate(const Attention<T, W>& unit, int64_t token, int64_t heads, const T* bias, const T* norm, bool whole, float* y) {
   const int64_t width = unit.head_dim, half = unit.rotary_dim / 2;
   const float epsilon = unit.contribution.epsilon;
   add_row(bias, heads * width, y);
@@ -24,8 +24,8 @@ inline void rotate(const Attention<T>& unit, int64_t token, int64_t heads, const
 }
 
 // The present as the past leaves it: the same memory, or a copy.
-template <typename T>
-inline void copy_past(const Attention<T>& unit, const Threads& threads) {
+template <typename T, typename W>
+inline void copy_past(const Attention<T, W>& unit, const Threads& threads) {
   const size_t bytes = static_cast<size_t>(unit.past_slots * unit.head_dim) * sizeof(T);
   for (int part = 0; part < 2; ++part) {
     if (bytes == 0 || unit.past[part] == unit.present[part]) continue;
@@ -37,13 +37,13 @@ inline void copy_past(const Attention<T>& unit, const Threads& threads) {
 }
 
 // Writes the keys and values of these tokens into the present.
-template <typename T>
-inline void append(const Attention<T>& unit, const Rows& rows, const Threads& threads) {
+template <typename T, typename W>
+inline void append(const Attention<T, W>& unit, const Rows& rows, const Threads& threads) {
   const int64_t width = unit.kv_heads * unit.head_dim, step = 2 * width, start = unit.total - unit.sequence;
   chunks(rows.count, [&](int64_t first, int64_t count) {
     const int64_t* tokens = rows.tokens + first;
     const auto h = [&](int64_t r) { return unit.h + tokens[r] * unit.width; };
-    const float* blocks = gather(count, unit.width, h, threads);
+    const auto* blocks = gather<W>(count, unit.width, h, threads);
     float* result = scratch(Use::kResult, kChunk * step);
     const int64_t each = panels(unit.kv[0]);
     threads.each(2 * each, [&](int64_t panel) {
@@ -65,8 +65,8 @@ inline void append(const Attention<T>& unit, const Rows& rows, const Threads& th
 }
 
 // A strict cache: approximated tokens leave zeros, and slots whose keys are zero in every head are seen by no query.
-template <typename T>
-inline const bool* keep_executed(const Attention<T>& unit, const Threads& threads) {
+template <typename T, typename W>
+inline const bool* keep_executed(const Attention<T, W>& unit, const Threads& threads) {
   bool* kept = scratch<bool>(Use::kKept, unit.batch * unit.total);
   threads.each(unit.batch, [&](int64_t sequence) {
     for (int64_t slot = 0; slot < unit.total; ++slot) {
@@ -101,8 +101,8 @@ inline int64_t group_queries(const int64_t* tokens, int64_t count, int64_t seque
   return found;
 }
 
-template <typename T>
-inline void attention(const Attention<T>& unit, const Threads& threads) {
+template <typename T, typename W>
+inline void attention(const Attention<T, W>& unit, const Threads& threads) {
   const int64_t tokens = unit.batch * unit.sequence, heads = unit.heads, width = heads * unit.head_dim;
   keep_forecasts(unit.contribution, unit.execute, tokens, unit.width);
   copy_past(unit, threads);
@@ -114,7 +114,7 @@ inline void attention(const Attention<T>& unit, const Threads& threads) {
   chunks(rows.count, [&](int64_t first, int64_t count) {
     const int64_t* places = rows.tokens + first;
     const auto h = [&](int64_t r) { return unit.h + places[r] * unit.width; };
-    const float* blocks = gather(count, unit.width, h, threads);
+    const auto* blocks = gather<W>(count, unit.width, h, threads);
     float* queries = scratch(Use::kQueries, kChunk * width);
     threads.each(panels(unit.q), [&](int64_t panel) { multiply_into(blocks, count, unit.q, panel, queries, width); });
     auto* ranges = scratch<Range>(Use::kRanges, kChunk);
@@ -136,7 +136,7 @@ inline void attention(const Attention<T>& unit, const Threads& threads) {
     });
 
     const auto rows_of = [&](int64_t r) { return attended + r * width; };
-    const float* out = gather(count, width, rows_of, threads);
+    const auto* out = gather<W>(count, width, rows_of, threads);
     float* result = scratch(Use::kResult, kChunk * unit.width);
     threads.each(panels(unit.o), [&](int64_t panel) { multiply_into(out, count, unit.o, panel, result, unit.width); });
     contribute(unit.contribution, places, count, unit.width, result, threads);

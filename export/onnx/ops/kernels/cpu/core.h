@@ -80,8 +80,8 @@ inline float dot(const float* a, const float* b, int64_t n) {
 inline const float kHidden = -__builtin_inff();
 
 // One query: a score for each slot first, then one softmax over all.
-template <typename T>
-inline void attend_one(const Attention<T>& unit, const Group<T>& group, int64_t query) {
+template <typename T, typename W>
+inline void attend_one(const Attention<T, W>& unit, const Group<T>& group, int64_t query) {
   const int64_t width = unit.head_dim, step = up_to(width, kLanes);
   const int64_t place = (group.offset + query) / group.shared, head = group.head + (group.offset + query) % group.shared;
   const Range range = group.ranges[place];
@@ -131,8 +131,8 @@ inline void attend_one(const Attention<T>& unit, const Group<T>& group, int64_t 
 }
 
 // Up to N vectors of queries.
-template <int N, typename T>
-inline void attend_lanes(const Attention<T>& unit, const Group<T>& group) {
+template <int N, typename T, typename W>
+inline void attend_lanes(const Attention<T, W>& unit, const Group<T>& group) {
   constexpr int64_t lanes = N * kLanes;
   const int64_t width = unit.head_dim, step = up_to(width, kLanes);
   float* turned = scratch(Use::kTurned, width * lanes);  // the queries, [width, lanes]
@@ -208,8 +208,8 @@ inline void attend_lanes(const Attention<T>& unit, const Group<T>& group) {
   }
 }
 
-template <typename T>
-inline void attend(const Attention<T>& unit, const Group<T>& group) {
+template <typename T, typename W>
+inline void attend(const Attention<T, W>& unit, const Group<T>& group) {
   if (group.count <= kFew) {
     for (int64_t query = 0; query < group.count; ++query) attend_one(unit, group, query);
   } else if (group.count <= kLanes) {

@@ -1,7 +1,6 @@
 // score = out(silu(hidden(h))), execute = score > threshold;  forecast = up(silu(down(h))) of tokens that do not execute
 #pragma once
 
-#include "int4.h"
 #include "rows.h"
 
 namespace ir::cpu::IR_LEVEL {
@@ -29,8 +28,8 @@ inline void each_panel(const Weight<W>& weight, int64_t rows, const Threads& thr
 }
 
 // A panel of silu(blocks times weight + bias), [rows, kColumns]; zero past the weight's last column.
-template <typename T, typename W>
-inline float* bent(const float* blocks, int64_t rows, const Weight<W>& weight, const T* bias, int64_t panel) {
+template <typename T, typename W, typename B>
+inline float* bent(const B* blocks, int64_t rows, const Weight<W>& weight, const T* bias, int64_t panel) {
   float* code = scratch(Use::kFirst, kChunk * kColumns);
   multiply(blocks, rows, weight, panel, code);
   const int64_t column = panel * kColumns, columns = least<int64_t>(kColumns, weight.out - column);
@@ -43,8 +42,8 @@ inline float* bent(const float* blocks, int64_t rows, const Weight<W>& weight, c
 }
 
 // The decisions of rows, in the blocks that hold them. Which rows go together does not depend on the number of threads.
-template <typename T, typename F, typename R>
-inline void judge(const Decide<T, F, R>& unit, const float* blocks, int64_t first, int64_t rows) {
+template <typename T, typename F, typename R, typename B>
+inline void judge(const Decide<T, F, R>& unit, const B* blocks, int64_t first, int64_t rows) {
   for (int64_t r = 0; r < rows; ++r) unit.score[first + r] = *unit.out_bias;
   for (int64_t panel = 0; panel < panels(unit.router); ++panel) {
     const float* code = bent(blocks, rows, unit.router, unit.hidden_bias, panel);
@@ -56,14 +55,15 @@ inline void judge(const Decide<T, F, R>& unit, const float* blocks, int64_t firs
 }
 
 // The forecasts of these tokens, whose rows of h are in the blocks.
-template <typename T, typename F, typename R>
-inline void forecast_rows(const Decide<T, F, R>& unit, const float* blocks, Rows rows, const Threads& threads) {
-  float* codes = scratch(Use::kHidden, kGroup * unit.rank);
+template <typename T, typename F, typename R, typename B>
+inline void forecast_rows(const Decide<T, F, R>& unit, const B* blocks, Rows rows, const Threads& threads) {
+  float* hidden = scratch(Use::kHidden, kGroup * unit.rank);
   each_panel(unit.down, rows.count, threads, [&](int64_t panel) {
     const float* code = bent(blocks, rows.count, unit.down, unit.down_bias, panel);
     const int64_t column = panel * kColumns;
-    to_blocks(code, rows.count, column, least<int64_t>(kColumns, unit.rank - column), unit.rank, codes);
+    collect<F>(code, rows.count, column, least<int64_t>(kColumns, unit.rank - column), unit.rank, hidden);
   });
+  const auto* codes = collected<F>(hidden, rows.count, unit.rank, threads);
   each_panel(unit.up, rows.count, threads, [&](int64_t panel) {
     float* product = scratch(Use::kFirst, kChunk * kColumns);
     multiply(codes, rows.count, unit.up, panel, product);
@@ -79,12 +79,12 @@ inline void forecast_rows(const Decide<T, F, R>& unit, const float* blocks, Rows
 template <typename T, typename F, typename R>
 inline void decide_rows(const Decide<T, F, R>& unit, int64_t first, int64_t count, const Threads& threads) {
   const auto row = [&](int64_t token) { return unit.h + token * unit.width; };
-  const float* blocks = gather(count, unit.width, [&](int64_t r) { return row(first + r); }, threads);
-  const int64_t at_once = unit.tokens <= kGroup ? kRows : kGroup;  // in groups, tasks are handed out already
+  const auto* blocks = gather<R>(count, unit.width, [&](int64_t r) { return row(first + r); }, threads);
+  const int64_t at_once = unit.tokens <= kGroup ? Blocks<R>::kTogether : kGroup;  // in groups, tasks are handed out already
   const bool small = count * unit.width * unit.hidden < kTaskWork;
   (small ? alone() : threads).each((count + at_once - 1) / at_once, [&](int64_t task) {
     const int64_t done = task * at_once;
-    judge(unit, blocks + done * unit.width, first + done, least(at_once, count - done));
+    judge(unit, blocks + done * Blocks<R>::row_size(unit.width), first + done, least(at_once, count - done));
   });
   auto* tokens = scratch<int64_t>(Use::kExecuted, kGroup);
   Rows rest{tokens, 0};
@@ -95,7 +95,7 @@ inline void decide_rows(const Decide<T, F, R>& unit, int64_t first, int64_t coun
     else if (unit.rank == 0) std::memcpy(forecast, unit.up_bias, static_cast<size_t>(unit.width) * sizeof(T));
   }
   if (unit.rank == 0 || rest.count == 0) return;
-  if (rest.count < count) blocks = gather(rest.count, unit.width, [&](int64_t r) { return row(rest.tokens[r]); }, threads);
+  if (rest.count < count) blocks = gather<R>(rest.count, unit.width, [&](int64_t r) { return row(rest.tokens[r]); }, threads);
   forecast_rows(unit, blocks, rest, threads);
 }
 

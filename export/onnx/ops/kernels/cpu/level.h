@@ -15,6 +15,7 @@ namespace ir::cpu {
 IR_DECLARE(x86_64)
 IR_DECLARE(x86_64_v3)
 IR_DECLARE(x86_64_v4)
+IR_DECLARE(x86_64_v4_vnni)
 #else
 IR_DECLARE(native)
 #endif

@@ -1,7 +1,9 @@
 // Rows of tokens: which of them execute, how they enter products, and what follows a unit.
 #pragma once
 
-#include "product.h"
+#include <type_traits>
+
+#include "int4.h"
 
 namespace ir::cpu::IR_LEVEL {
 
@@ -34,34 +36,66 @@ inline void chunks(int64_t rows, const F& f) {
   for (int64_t first = 0; first < rows; first += kChunk) f(first, least(kChunk, rows - first));
 }
 
-// Gathers rows row(0) .. row(count - 1), each of this width, into blocks for products.
-template <typename F>
-inline const float* gather(int64_t count, int64_t width, const F& row, const Threads& threads) {
-  float* blocks = scratch(Use::kRows, count * width);
-  threads.each((count + kRows - 1) / kRows, [&](int64_t block) {
-    const int64_t first = block * kRows, rows = block_rows(count, first);
-    float* copies = scratch(Use::kWide, kRows * width);
-    const float* pointers[kRows];
+// What products by weights W read: blocks of kTogether rows, each row of row_size(its width) elements.
+template <typename W>
+struct Blocks {
+  using Element = float;
+  static constexpr int64_t kTogether = kRows;
+  static int64_t row_size(int64_t width) { return width; }
+};
+template <>
+struct Blocks<Int4> {
+  using Element = int32_t;
+  static constexpr int64_t kTogether = kCoded;
+  static int64_t row_size(int64_t width) { return int4_blocks(width) * kCodedBlock; }
+};
+
+inline void fill_block(const float* const* rows, int64_t count, int64_t width, float* block) {
+  interleave(rows, count, width, block);
+}
+inline void fill_block(const float* const* rows, int64_t count, int64_t width, int32_t* block) {
+  for (int64_t r = 0; r < count; ++r) code_row(rows[r], width, r, count, block);
+}
+
+// Gathers rows row(0) .. row(count - 1), each of this width, into blocks for products by W.
+template <typename W, typename F>
+inline const typename Blocks<W>::Element* gather(int64_t count, int64_t width, const F& row, const Threads& threads) {
+  constexpr int64_t together = Blocks<W>::kTogether;
+  const int64_t size = Blocks<W>::row_size(width);
+  auto* blocks = scratch<typename Blocks<W>::Element>(Use::kRows, count * size);
+  threads.each((count + together - 1) / together, [&](int64_t block) {
+    const int64_t first = block * together, rows = least(together, count - first);
+    float* copies = scratch(Use::kWide, together * width);
+    const float* pointers[together];
     for (int64_t r = 0; r < rows; ++r) pointers[r] = wide(row(first + r), width, copies + r * width);
-    interleave(pointers, rows, width, blocks + first * width);
+    fill_block(pointers, rows, width, blocks + first * size);
   });
   return blocks;
 }
 
-// A panel [rows, kColumns] becomes columns of blocks for the next product, whose rows are of this width.
-inline void to_blocks(const float* panel, int64_t rows, int64_t column, int64_t columns, int64_t width, float* blocks) {
-  for (int64_t row = 0; row < rows; row += kRows) {
-    const int64_t count = block_rows(rows, row);
-    float* block = blocks + row * width + column * count;
+// A panel [rows, kColumns] becomes columns of `hidden`, the rows of the next product, by W: blocks already, but for int4, whose
+// rows are coded as a whole.
+template <typename W>
+inline void collect(const float* panel, int64_t rows, int64_t column, int64_t columns, int64_t width, float* hidden) {
+  constexpr int64_t together = std::is_same_v<W, Int4> ? 1 : kRows;
+  for (int64_t row = 0; row < rows; row += together) {
+    const int64_t count = least(together, rows - row);
+    float* block = hidden + row * width + column * count;
     for (int64_t n = 0; n < columns; ++n)
       for (int64_t r = 0; r < count; ++r) block[n * count + r] = panel[(row + r) * kColumns + n];
   }
 }
 
+// Blocks of what was collected; int4's take the place of those that were gathered before.
+template <typename W>
+inline const typename Blocks<W>::Element* collected(const float* hidden, int64_t rows, int64_t width, const Threads& threads) {
+  if constexpr (!std::is_same_v<W, Int4>) return hidden;
+  else return gather<W>(rows, width, [&](int64_t r) { return hidden + r * width; }, threads);
+}
+
 // blocks times weight -> result[row * step + column]; `panel` of panels(weight).
-template <typename T>
-inline void multiply_into(const float* blocks, int64_t rows, const Weight<T>& weight, int64_t panel, float* result,
-                          int64_t step) {
+template <typename B, typename W>
+inline void multiply_into(const B* blocks, int64_t rows, const Weight<W>& weight, int64_t panel, float* result, int64_t step) {
   float* product = scratch(Use::kFirst, kChunk * kColumns);
   multiply(blocks, rows, weight, panel, product);
   const int64_t column = panel * kColumns, columns = least<int64_t>(kColumns, weight.out - column);

@@ -33,13 +33,14 @@ struct Weight {
   int64_t in, out;
 };
 
-// Names the weights that are stored in 4 bits, in blocks of 32 inputs that share a scale: scale * q, q in -8..7.
+// Names the weights that are stored in 4 bits, in blocks of 32 inputs that share a scale: scale * (q - zero), q in 0..15.
 struct Int4 {};
 
 template <>
 struct Weight<Int4> {
   const uint32_t* packed;  // as Int4Level::pack left it
   int64_t in, out;
+  bool zeros;  // whether it has zero points; if not, they are all 8
 };
 
 // What follows a unit's last product: output = multiplier * norm(y + bias), merged with the forecast.
@@ -67,18 +68,19 @@ struct Decide {
   float* score;                                      // [tokens]
 };
 
-template <typename T>
+// W: its weights.
+template <typename T, typename W = T>
 struct Mlp {
   int64_t tokens, width, hidden;
   const T* h;           // [tokens, width]
   const bool* execute;  // [tokens]; null: all
-  Weight<T> gate, up, down;
+  Weight<W> gate, up, down;
   const T *gate_bias, *up_bias;  // [hidden] or null
   bool gelu;                     // its tanh form; or else silu
   Contribution<T> contribution;
 };
 
-template <typename T>
+template <typename T, typename W = T>
 struct Attention {
   int64_t batch, sequence, width;
   int64_t heads, kv_heads, head_dim, rotary_dim;
@@ -91,7 +93,7 @@ struct Attention {
   const bool* mask;      // [batch, sequence, total]
   const T* past[2];      // keys, values: [batch, kv_heads, past_slots, head_dim]
   T* present[2];         // [batch, kv_heads, slots, head_dim]; may be the pasts' own memory
-  Weight<T> q, kv[2], o;
+  Weight<W> q, kv[2], o;
   const T *q_bias, *kv_bias[2];  // or null
   const T *q_norm, *k_norm;      // or null
   bool q_norm_whole, k_norm_whole;  // of all heads together, not of each
@@ -105,12 +107,15 @@ struct Level {
   void (*decide)(const Decide<T>& unit, const Threads& threads);
   void (*mlp)(const Mlp<T>& unit, const Threads& threads);
   void (*attention)(const Attention<T>& unit, const Threads& threads);
+  void (*int4_mlp)(const Mlp<T, Int4>& unit, const Threads& threads);
+  void (*int4_attention)(const Attention<T, Int4>& unit, const Threads& threads);
 };
 
-// What there is for weights in int4.
+// What there is for weights in int4 beside the units.
 struct Int4Level {
-  size_t (*packed_size)(int64_t in, int64_t out);  // in words
-  void (*pack)(const uint8_t* weight, const float* scales, int64_t in, int64_t out, uint32_t* packed);
+  size_t (*packed_size)(int64_t in, int64_t out, bool zeros);  // in words
+  void (*pack)(const uint8_t* weight, const float* scales, const float* zeros, int64_t in, int64_t out, uint32_t* packed);
+  void (*widen)(const Half* in, int64_t count, float* out);
   void (*decide)(const Decide<float, Int4, Int4>& unit, const Threads& threads);
 };
 
