@@ -1,6 +1,10 @@
 """The examples of docs/serving.md that run in this environment say what our own runtime says."""
 
+import shutil
+from typing import Any
+
 import numpy as np
+import onnxruntime_genai as og
 import pytest
 from snippets import NEW, PROMPT, snippet
 
@@ -20,15 +24,41 @@ def served(converted, tmp_path_factory):
     return folder, model.tokenizer.decode(ids + new), model.tokenizer.decode(new)
 
 
-def run(heading, folder, monkeypatch, capsys) -> str:
+def execute(heading, folder, monkeypatch) -> dict[str, Any]:
     monkeypatch.chdir(folder)
-    exec(compile(snippet("serving.md", heading), heading, "exec"), {"__name__": "snippet"})
+    names = {"__name__": "snippet"}
+    exec(compile(snippet("serving.md", heading), heading, "exec"), names)
+    return names
+
+
+def run(heading, folder, monkeypatch, capsys) -> str:
+    execute(heading, folder, monkeypatch)
     return capsys.readouterr().out
 
 
 def test_onnx_runtime(served, monkeypatch, capsys):
     folder, text, _ = served
     assert run("ONNX Runtime", folder, monkeypatch, capsys).rstrip("\n") == text.rstrip("\n")
+
+
+def test_native_kernels(served, library, monkeypatch):
+    folder, _, _ = served
+    shutil.copy(library, folder / "served" / "libir_ops.so")
+    names = execute("Native kernels", folder, monkeypatch)
+    model = OnnxModel.load(folder / "served", library=library)
+    ids = model.tokenizer(PROMPT)["input_ids"]
+    own = model.logits(np.array([ids]))
+    past = {value.name: value.shape for value in names["session"].get_inputs() if value.name.startswith("past")}
+    feed = {name: np.zeros((1, heads, 0, width), np.float32) for name, (_, heads, _, width) in past.items()}
+    tokens = np.array([ids], np.int64)
+    feed |= {"input_ids": tokens, "attention_mask": np.ones_like(tokens), "position_ids": np.arange(len(ids))[None]}
+    np.testing.assert_array_equal(
+        names["session"].run(["logits"], feed)[0], own
+    )  # the functions differ in the last digits
+    parameters = og.GeneratorParams(names["model"])
+    generator = og.Generator(names["model"], parameters)
+    generator.append_tokens(ids)
+    np.testing.assert_array_equal(generator.get_output("logits")[0], own[0])
 
 
 def test_genai(served, monkeypatch, capsys):
