@@ -224,14 +224,14 @@ def compare(
             } | _native(times, f"{row['asked']:g}", fastest)
 
 
-def target(record: Mapping[str, Any]) -> tuple[float, float] | None:
-    """Returns (what is judged, the most it may be); None where nothing was promised."""
+def target(record: Mapping[str, Any], ratio: float) -> tuple[float, float] | None:
+    """Returns (what is judged of a ratio to dense, the most it may be); None where nothing was promised."""
     if record["asked"] == 0:
-        return record["ratio"], MOST_AT_ZERO
+        return ratio, MOST_AT_ZERO
     most = TARGETS.get((record["kind"], record["precision"]))
     if most is None or (record["kind"] == "prefill" and record["tokens"] < FROM_TOKENS):
         return None
-    return record["ratio"] / record["ideal"], most
+    return ratio / record["ideal"], most
 
 
 def versions() -> dict[str, str]:

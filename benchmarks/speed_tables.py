@@ -8,7 +8,7 @@ from speed_measure import target
 from speed_session import Point
 
 HEADER = ("saved, asked", "achieved", "dense ms", "routed ms", "ratio", "quartiles", "ideal", "ratio/ideal", "target")
-NATIVE = ("native ms", "native/functions", "quartiles")
+NATIVE = ("native ms", "native/functions", "quartiles", "ratio", "ratio/ideal", "target")
 DENSE = {"own": "our dense export", "own_graph": "it in CUDA graphs", "genai": "onnxruntime-genai's builder"}
 
 
@@ -55,11 +55,7 @@ def print_table(cells: list[tuple[str, ...]]) -> None:
 
 
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    judged, quartiles = target(row), row["ratio_quartiles"]
-    verdict = "-"
-    if judged is not None:
-        value, most = judged
-        verdict = f"{'ratio' if row['asked'] == 0 else 'r/i'} <= {most:.2f}: {'yes' if value <= most else 'NO'}"
+    quartiles = row["ratio_quartiles"]
     return (
         f"{row['asked']:.2f}",
         f"{row['achieved']:.3f}",
@@ -69,7 +65,7 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         f"{quartiles[0]:.3f}-{quartiles[1]:.3f}",
         f"{row['ideal']:.3f}",
         f"{row['ratio'] / row['ideal']:.3f}",
-        verdict,
+        _verdict(row, row["ratio"]),
         *_native_cells(row),
     )
 
@@ -78,4 +74,19 @@ def _native_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     if "native_ms" not in row:
         return ()
     low, high = row["native_to_functions_quartiles"]
-    return f"{row['native_ms']:.2f}", f"{row['native_to_functions']:.3f}", f"{low:.3f}-{high:.3f}"
+    ratio = row["native_ratio"]
+    return (
+        f"{row['native_ms']:.2f}",
+        f"{row['native_to_functions']:.3f}",
+        f"{low:.3f}-{high:.3f}",
+        f"{ratio:.3f}",
+        f"{ratio / row['ideal']:.3f}",
+        _verdict(row, ratio),
+    )
+
+
+def _verdict(row: Mapping[str, Any], ratio: float) -> str:
+    if (judged := target(row, ratio)) is None:
+        return "-"
+    value, most = judged
+    return f"{'ratio' if row['asked'] == 0 else 'r/i'} <= {most:.2f}: {'yes' if value <= most else 'NO'}"

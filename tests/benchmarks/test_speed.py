@@ -104,11 +104,11 @@ def test_turns_are_taken_both_ways():
 def test_targets():
     from speed_measure import target
 
-    row = {"asked": 0.4, "kind": "decode", "precision": "int4", "ratio": 0.9, "ideal": 0.6, "tokens": 1}
-    assert target(row) == (pytest.approx(1.5), 1.20)
-    assert target(row | {"asked": 0.0}) == (0.9, 1.03)
-    assert target(row | {"kind": "prefill", "tokens": 512}) == (pytest.approx(1.5), 1.05)
-    assert target(row | {"kind": "prefill", "tokens": 511}) is None
+    row = {"asked": 0.4, "kind": "decode", "precision": "int4", "ideal": 0.6, "tokens": 1}
+    assert target(row, 0.9) == (pytest.approx(1.5), 1.20)
+    assert target(row | {"asked": 0.0}, 0.9) == (0.9, 1.03)
+    assert target(row | {"kind": "prefill", "tokens": 512}, 0.9) == (pytest.approx(1.5), 1.05)
+    assert target(row | {"kind": "prefill", "tokens": 511}, 0.9) is None
 
 
 def test_native_kernels_beside_functions(capsys):
