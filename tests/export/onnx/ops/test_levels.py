@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from op_random import EXECUTES, quantised, random_attention, random_decide, random_mlp
+from op_random import quantised, random_attention, random_decide, random_mlp
 from op_session import Session
 
 from ir_convert.export.onnx.int4 import Int4
@@ -40,7 +40,7 @@ def test_unknown_level(library):
 
 def check_units(library: Path) -> None:
     """Holds units of all kinds against float64, with 1 to 21 tokens and rows that no vector divides."""
-    for length, execute in zip((1, 2, 3, 7, 21), EXECUTES, strict=True):
+    for length, execute in ((1, "all"), (6, "random"), (21, "one")):
         rng = np.random.default_rng(length)
         for dtype in (np.float32, np.float16):
             mlp = random_mlp(rng, 1, length, 80, 176, execute, ("gate_bias", "post_norm"), dtype)
