@@ -52,9 +52,8 @@ def test_native_kernels(served, library, monkeypatch):
     feed = {name: np.zeros((1, heads, 0, width), np.float32) for name, (_, heads, _, width) in past.items()}
     tokens = np.array([ids], np.int64)
     feed |= {"input_ids": tokens, "attention_mask": np.ones_like(tokens), "position_ids": np.arange(len(ids))[None]}
-    np.testing.assert_array_equal(
-        names["session"].run(["logits"], feed)[0], own
-    )  # the functions differ in the last digits
+    # To the bit: the functions would differ in the last digits.
+    np.testing.assert_array_equal(names["session"].run(["logits"], feed)[0], own)
     parameters = og.GeneratorParams(names["model"])
     generator = og.Generator(names["model"], parameters)
     generator.append_tokens(ids)

@@ -32,7 +32,8 @@ def find_command() -> None:
     """Prints where the library is, and what it has kernels for."""
     if (library := find()) is None:
         raise UserError("no library has been built: python -m ir_convert.export.onnx.ops build")
-    click.echo(f"{library}, CPU kernels for {level(library)}")
+    click.echo(library)
+    click.echo(f"  CPU kernels for {level(library)}")
     for kernel in sorted(supported(library)):
         click.echo("  " + " ".join(kernel))
 

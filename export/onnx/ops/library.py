@@ -48,12 +48,7 @@ def supported(library: Path) -> dict[tuple[str, str, str, str], tuple[str, ...]]
     Raises:
         UserError: it cannot be loaded, or is not a library of this kind and version.
     """
-    try:
-        table = ctypes.CDLL(str(library)).IrOpsTable
-    except (OSError, AttributeError) as error:
-        raise UserError(f"{library} is not a library of native kernels: {error}") from error
-    table.restype = ctypes.c_char_p
-    lines = [line.split() for line in table().decode().splitlines()]
+    lines = [line.split() for line in _said(library, "IrOpsTable").splitlines()]
     if any(line[1].partition(".")[0] != "ir" for line in lines):  # an earlier version named no domains
         raise UserError(f"{library} is of another version: build it again (python -m ir_convert.export.onnx.ops build)")
     return {(provider, domain, name, kind): tuple(inputs) for provider, domain, name, kind, *inputs in lines}
@@ -63,10 +58,18 @@ def level(library: Path) -> str:
     """Returns the level of the instruction set that a library's CPU kernels are for in this process: ``x86-64-v3``.
 
     Raises:
-        UserError: the environment names one that the library or this processor does not have.
+        UserError: the environment names one that the library or this processor does not have; or as ``supported``.
     """
-    function = ctypes.CDLL(str(library)).IrOpsLevel
-    function.restype = ctypes.c_char_p
-    if not (name := function().decode()):
+    if not (name := _said(library, "IrOpsLevel")):
         raise UserError(f"{LEVEL} names '{os.environ.get(LEVEL)}', which this processor or the library does not have")
-    return str(name)
+    return name
+
+
+def _said(library: Path, name: str) -> str:
+    """Returns what a library says of itself in the function of this name."""
+    try:
+        function = ctypes.CDLL(str(library))[name]
+    except (OSError, AttributeError) as error:
+        raise UserError(f"{library} is not a library of native kernels: {error}") from error
+    function.restype = ctypes.c_char_p
+    return str(function().decode())

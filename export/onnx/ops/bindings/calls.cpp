@@ -49,16 +49,25 @@ void expect_weight(const char* name, const Tensor& weight, int64_t in, int64_t o
   if (!scales.present) return expect(name, weight, {in, out});
   const int64_t blocks = (in + 31) / 32;
   expect(name, weight, {out, blocks, 16});
-  if (scales.rank != 2 || scales.shape[0] != out || scales.shape[1] != blocks)
+  if (!scales_fit(weight, scales))
     throw Error(std::string(name) + "'s scales have shape " + scales.text() + ", its weights " + weight.text());
-  if (!zero_points.present) return;
-  const bool packed = zero_points.element == abi::kUint8;  // two a byte
-  if (!packed && zero_points.element != scales.element) throw Error(std::string(name) + "'s zero points are of a type of their own");
-  if (zero_points.rank != 2 || zero_points.shape[0] != out || zero_points.shape[1] != (packed ? (blocks + 1) / 2 : blocks))
-    throw Error(std::string(name) + "'s zero points have shape " + zero_points.text() + ", its weights " + weight.text());
+  if (!zero_points_fit(weight, scales, zero_points))
+    throw Error(std::string(name) + "'s zero points have shape " + zero_points.text() + ", its weights " + weight.text() +
+                ", or are neither uint8 nor of the scales' type");
 }
 
 }  // namespace
+
+bool scales_fit(const Tensor& weight, const Tensor& scales) {
+  return scales.rank == 2 && scales.shape[0] == weight.shape[0] && scales.shape[1] == weight.shape[1];
+}
+
+bool zero_points_fit(const Tensor& weight, const Tensor& scales, const Tensor& zero_points) {
+  if (!zero_points.present) return true;
+  const bool packed = zero_points.element == abi::kUint8;
+  return (packed || zero_points.element == scales.element) && zero_points.rank == 2 && zero_points.shape[0] == weight.shape[0] &&
+         zero_points.shape[1] == (packed ? zero_bytes(weight.shape[1]) : weight.shape[1]);
+}
 
 DecideCall::DecideCall(const Node& node, const Context& context) {
   Reader reader(node, context);

@@ -5,6 +5,12 @@
 
 namespace ir {
 
+// Whether scales, and zero points where there are any, belong to a weight in int4, [out, blocks, 16]: scales are [out, blocks],
+// and so are zero points of their type; those in uint8, two a byte, are [out, zero_bytes(blocks)].
+bool scales_fit(const Tensor& weight, const Tensor& scales);
+bool zero_points_fit(const Tensor& weight, const Tensor& scales, const Tensor& zero_points);
+inline int64_t zero_bytes(int64_t blocks) { return (blocks + 1) / 2; }
+
 struct DecideCall {
   Tensor h, threshold, down_weight, down_bias, up_weight, up_bias;  // without a forecaster, up_bias alone is the forecast
   Tensor hidden_weight, hidden_bias, out_weight, out_bias;

@@ -70,16 +70,14 @@ std::vector<float> zeros(const Tensor& tensor, int64_t out, int64_t blocks) {
   std::vector<float> zeros(static_cast<size_t>(out * blocks));
   for (int64_t o = 0; o < out; ++o)
     for (int64_t b = 0; b < blocks; ++b)
-      zeros[o * blocks + b] = static_cast<float>(tensor.as<uint8_t>()[o * ((blocks + 1) / 2) + b / 2] >> (b % 2 * 4) & 15);
+      zeros[o * blocks + b] = static_cast<float>(tensor.as<uint8_t>()[o * zero_bytes(blocks) + b / 2] >> (b % 2 * 4) & 15);
   return zeros;
 }
 
 // Whether these are the parts of one weight; what has other shapes is left to the call, which refuses it.
 bool whole(const Tensor& weight, const Tensor& scales, const Tensor& zero_points) {
-  if (!weight.present || !scales.present || weight.rank != 3 || weight.shape[2] != 16) return false;
-  const int64_t out = weight.shape[0], blocks = weight.shape[1];
-  if (scales.size() != out * blocks) return false;
-  return !zero_points.present || zero_points.size() == out * (zero_points.element == abi::kUint8 ? (blocks + 1) / 2 : blocks);
+  return weight.present && weight.rank == 3 && weight.shape[2] == 16 && scales_fit(weight, scales) &&
+         zero_points_fit(weight, scales, zero_points);
 }
 
 template <typename Words>
@@ -88,7 +86,7 @@ void pack(const Tensor& weight, const Tensor& scales, const Tensor& zero_points,
   const std::vector<float> offsets = zero_points.present ? zeros(zero_points, out, weight.shape[1]) : std::vector<float>{};
   packed.resize(best_kernels().int4.packed_size(in, out, zero_points.present));
   best_kernels().int4.pack(weight.as<uint8_t>(), numbers(scales).data(), zero_points.present ? offsets.data() : nullptr, in, out,
-                   packed.data());
+                           packed.data());
 }
 
 }  // namespace

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "../kernels/cpu/units.h"
-#include "op.h"
+#include "calls.h"
 #include "pages.h"
 
 namespace ir {

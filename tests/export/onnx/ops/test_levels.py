@@ -13,7 +13,7 @@ from op_session import Session
 
 from ir_convert.export.onnx.int4 import Int4
 from ir_convert.export.onnx.ops import level
-from ir_convert.export.onnx.ops.library import LEVEL
+from ir_convert.export.onnx.ops.library import LEVEL, VARIABLE
 
 LEVELS = ("x86-64", "x86-64-v3", "x86-64-v4", "x86-64-v4-vnni")  # each has all that those before it have
 
@@ -32,7 +32,7 @@ def test_level(library, name):
 
 def test_unknown_level(library):
     command = [sys.executable, "-m", "ir_convert.export.onnx.ops", "find"]
-    environment = {**os.environ, LEVEL: "x86-64-v9", "IR_CONVERT_OPS": str(library)}
+    environment = {**os.environ, LEVEL: "x86-64-v9", VARIABLE: str(library)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.strip().startswith(f"error: {LEVEL} names 'x86-64-v9'")

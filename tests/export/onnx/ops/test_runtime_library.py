@@ -14,7 +14,7 @@ from ir_convert.choices import INT4_METHODS
 from ir_convert.errors import UserError
 from ir_convert.export.onnx import write
 from ir_convert.export.onnx.int4 import Int4
-from ir_convert.export.onnx.ops import supported
+from ir_convert.export.onnx.ops import level, supported
 from ir_convert.export.onnx.ops.library import VARIABLE
 from ir_convert.runtime import OnnxModel
 from ir_convert.runtime.library import choose, usable
@@ -136,6 +136,8 @@ def test_no_library(library, tmp_path, monkeypatch):
     monkeypatch.setenv(VARIABLE, str(text))
     with pytest.raises(UserError, match=r"text.so is not a library of native kernels"):
         choose(None, units(library), CPU)
+    with pytest.raises(UserError, match=r"text.so is not a library of native kernels"):
+        level(text)
     source, old = tmp_path / "old.cpp", tmp_path / "old.so"
     source.write_text('extern "C" const char* IrOpsTable() { return "CPUExecutionProvider RoutedMLP float32 h\\n"; }')
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))))

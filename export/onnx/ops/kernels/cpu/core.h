@@ -106,8 +106,7 @@ inline void attend_one(const Attention<T, W>& unit, const Group<T>& group, int64
     for (int64_t i = slots; i % kLanes != 0; ++i) block[i] = kHidden;
     for (int64_t i = 0; i < slots; i += kLanes) highest = larger(highest, load(block + i));
   }
-  float peak = kHidden;
-  for (int i = 0; i < kLanes; ++i) peak = most(peak, highest[i]);
+  const float peak = largest(highest);
   float* out = group.attended + (place * unit.heads + head) * width;
   float* sums = scratch(Use::kSums, step);
   for (int64_t n = 0; n < step; ++n) sums[n] = 0.0F;

@@ -104,7 +104,7 @@ inline void pack_int4(const uint8_t* weight, const float* scales, const float* z
 // Rounds a row to its place in a block of `rows`; past its width it is 0.
 inline void code_row(const float* h, int64_t width, int64_t row, int64_t rows, int32_t* coded) {
   typedef int8_t Bytes __attribute__((vector_size(kLanes)));
-  const Vector magic = all(12582912.0F);  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
+  const Vector magic = all(kRounding);
   for (int64_t first = 0; first < width; first += kBlock, h += kBlock, coded += kCodedBlock * rows) {
     float rest[kBlock];
     const float* inputs = h;
@@ -115,8 +115,7 @@ inline void code_row(const float* h, int64_t width, int64_t row, int64_t rows, i
     }
     Vector highest{};
     for (int64_t i = 0; i < kBlock; i += kLanes) highest = larger(highest, larger(load(inputs + i), -load(inputs + i)));
-    float peak = 0.0F;
-    for (int lane = 0; lane < kLanes; ++lane) peak = most(peak, highest[lane]);
+    const float peak = most(0.0F, largest(highest));
     const float scale = peak / kLargest;
     const Vector factor = all(peak > 1e-30F ? kLargest / peak : 0.0F);
     int8_t bytes[kBlock];

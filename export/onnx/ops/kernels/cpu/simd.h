@@ -54,9 +54,17 @@ inline float sum(Vector v) {
   return lanes[0];
 }
 
+inline float largest(Vector v) {
+  float value = -__builtin_inff();
+  for (int i = 0; i < kLanes; ++i) value = most(value, v[i]);
+  return value;
+}
+
+inline constexpr float kRounding = 12582912.0F;  // 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits
+
 // e^x within 2 units in the last place; 0 from -87.3 down, for x of at most 88.
 inline Vector exp(Vector x) {
-  const Vector magic = all(12582912.0F);  // 1.5 * 2^23: adding it rounds to an integer
+  const Vector magic = all(kRounding);
   const Vector lowest = all(-87.3F);
   const Vector shifted = x * all(1.44269504F) + magic;
   const Vector n = shifted - magic;
