@@ -1,11 +1,11 @@
 """What a constant or an option of the calibration is worth: the same fit with one thing changed at a time.
 
-    python benchmarks/ablate.py MODEL --calibration cal.txt --text test.txt --sparsity 0.4 \\
+    python benchmarks/ablate.py MODEL --calibration cal.txt --text test.txt --text foreign.txt --sparsity 0.4 \\
         --set router.DECAY=0.3 --set dense.PROBES=1 --set rank=16 --set "polish=100"
 
 Each ``--set`` is one run beside the default: ``module.NAME=value`` for a constant in ``ir_convert/calibrate``, ``name=value``
-for an option; several joined by ``;`` change together. Perplexity, KL and agreement are interpolated to exactly the asked
-sparsity on the test text, so that they compare at equal work; ``set`` is what the calibration's own threshold saved there.
+for an option; several joined by ``;`` change together. Perplexity, KL and agreement are at exactly the asked sparsity on each
+text, so that they compare at equal work; ``set`` is what the calibration's own threshold saved there.
 """
 
 import argparse
@@ -17,18 +17,17 @@ from ast import literal_eval
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from quality_measure import CLOSE, Routed, figures, interpolate, saved_on, seek
+from quality_setting import read_text
 
 from ir_convert.calibrate import Options
+from ir_convert.calibrate.fitted import Fitted
 from ir_convert.calibrate.recipes import fit
 from ir_convert.checkpoint import Checkpoint
 from ir_convert.data import Source, read_blocks
-from ir_convert.evaluate import measure
 from ir_convert.progress import Silent
 from ir_convert.stream import Team, Work
-
-AROUND = (-0.12, 0.0, 0.12)  # thresholds around the calibrated one
 
 
 def run(checkpoint: Checkpoint, args: argparse.Namespace, change: str) -> dict[str, Any]:
@@ -53,24 +52,28 @@ def run(checkpoint: Checkpoint, args: argparse.Namespace, change: str) -> dict[s
     finally:
         for module, constant, value in before:
             setattr(module, constant, value)
-    test = read_blocks([Source(args.text)], checkpoint.tokenizer, args.test_tokens)
-    ids = torch.cat([test.fit, test.threshold, test.test])
-    thresholds = [fitted.near[1] + step for step in AROUND]
-    measured = measure(fitted.decoder, fitted.units, ids, thresholds, settled.kv_cache)
-    dense, *routed = (measured.quality(k) for k in range(1 + len(thresholds)))
+    row: dict[str, Any] = {"change": change or "(default)", "fit_seconds": seconds, "texts": {}}
+    for text in args.text:
+        ids = read_text(Path(text), checkpoint, args.test_tokens)
+        row["texts"][Path(text).name] = _exactly(fitted, settled.kv_cache, ids, args.sparsity)
+    return row
 
-    def exact(values: list[float]) -> float:
-        return float(np.polyval(np.polyfit([q.sparsity for q in routed], values, 2), args.sparsity))
 
+def _exactly(fitted: Fitted, kv_cache: str, ids: torch.Tensor, sparsity: float) -> dict[str, float]:
+    """Returns the figures on one text at exactly that sparsity: log-linear between thresholds close around it."""
+    scores = torch.cat(list(fitted.scores.values())).float()
+    spread = float(scores.quantile(0.55) - scores.quantile(0.45)) / 2
+    routed = Routed(fitted.units, fitted.decoder, kv_cache, fitted.near[1], spread)
+    own, slope = seek(saved_on(routed, ids), sparsity, routed.start, spread)
+    dense, *rows = figures(routed, ids, [own - CLOSE * slope, own + CLOSE * slope, fitted.near[1]])
+    exact = interpolate(rows, sparsity)
     return {
-        "change": change or "(default)",
-        "dense": dense.perplexity,
-        "perplexity": math.exp(exact([math.log(q.perplexity) for q in routed])),
-        "kl": exact([q.kl for q in routed]),
-        "agreement": exact([q.agreement for q in routed]),
-        "set": routed[1].sparsity,
-        "overhead": measured.budget.overhead_share,
-        "fit_seconds": seconds,
+        "dense": math.exp(dense["log_perplexity"]),
+        "perplexity": math.exp(exact["log_perplexity"]),
+        "excess": exact["log_perplexity"] - dense["log_perplexity"],
+        "kl": exact["kl"],
+        "agreement": exact["agreement"],
+        "set": rows[-1]["achieved"],
     }
 
 
@@ -78,7 +81,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--calibration", required=True)
-    parser.add_argument("--text", required=True, help="what is measured on: unseen in training and calibration")
+    parser.add_argument(
+        "--text", required=True, action="append", help="what is measured on: unseen; several are possible"
+    )
     parser.add_argument("--sparsity", type=float, default=0.4)
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE[;NAME=VALUE]")
     parser.add_argument("--tokens", type=int, default=65536)
@@ -90,8 +95,9 @@ def main() -> None:
     checkpoint, rows = Checkpoint.open(args.model), []
     for change in ["", *args.set]:
         rows.append(row := run(checkpoint, args, change))
-        figures = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "change")
-        print(f"{row['change']:<40} {figures}", flush=True)
+        for name, values in row["texts"].items():
+            line = "  ".join(f"{figure} {value:.4g}" for figure, value in values.items())
+            print(f"{row['change']:<40} {name:<24} {line}  fit {row['fit_seconds']:.0f} s", flush=True)
         if args.out:
             args.out.parent.mkdir(parents=True, exist_ok=True)
             settings = {name: str(value) for name, value in vars(args).items()}

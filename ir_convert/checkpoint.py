@@ -103,6 +103,23 @@ class Checkpoint:
         except (OSError, ValueError, AttributeError) as error:  # transformers 4 lets an AttributeError through
             raise UserError(f"{self.name} has no tokenizer that loads: {_one_line(error)}") from error
 
+    @cached_property
+    def vocabulary(self) -> torch.Tensor:
+        """Ids ``[tokens]`` of the tokens that text consists of: not special ones, nor rows that the tokenizer does not use.
+
+        All of them where there is no tokenizer. (transformers makes an empty one of some configurations.)
+        """
+        every = torch.arange(self.config.vocab_size)
+        try:
+            tokenizer = self.tokenizer
+        except UserError:
+            return every
+        added = tokenizer.added_tokens_decoder.items()
+        special = [token for token, text in added if text.special] + tokenizer.all_special_ids
+        text = every[: len(tokenizer)]
+        text = text[~torch.isin(text, torch.tensor(special, dtype=torch.long))]
+        return text if len(text) else every
+
     @property
     def tied(self) -> bool:
         """Whether embedding and head are one tensor."""

@@ -15,7 +15,7 @@ unrouted: it has neither forecaster nor router, and always runs.
 Method: informed routing, arXiv 2510.13831; closed-form forecasters and cost-regressed routers are this project's.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -45,6 +45,10 @@ class Forecaster:
     @property
     def rank(self) -> int:
         return self.down.shape[0]
+
+    def scaled(self, factor: float) -> "Forecaster":
+        """Returns one whose forecasts are ``factor`` times as large."""
+        return replace(self, up=self.up * factor, bias=self.bias * factor)
 
 
 @dataclass

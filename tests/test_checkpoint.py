@@ -7,6 +7,8 @@ import pytest
 import torch
 from models import save_random
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from ir_convert.checkpoint import Checkpoint
 from ir_convert.errors import UserError
@@ -41,6 +43,20 @@ def test_tied_weights_by_either_name(tmp_path):
     checkpoint = Checkpoint.open(str(tmp_path / "model"))
     assert torch.equal(checkpoint.read("model.embed_tokens.weight"), embedding)
     assert torch.equal(checkpoint.read("lm_head.weight"), embedding)
+
+
+def test_vocabulary_is_what_text_consists_of(folder):
+    """Neither special tokens nor rows of the embedding that the tokenizer does not use; all rows without a tokenizer."""
+    assert Checkpoint.open(str(folder)).vocabulary.tolist() == list(range(131))
+    words = {f"w{index}": index for index in range(90)}
+    inner = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    inner.add_special_tokens(["<reserved>"])
+    inner.add_tokens(["plain"])
+    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="w3", unk_token="w0").save_pretrained(folder)
+    checkpoint = Checkpoint.open(str(folder))
+    special = {checkpoint.tokenizer.convert_tokens_to_ids(token) for token in ("w0", "w3", "<reserved>")}
+    assert len(special) == 3
+    assert checkpoint.vocabulary.tolist() == [token for token in range(92) if token not in special]
 
 
 def test_weights_hash_follows_the_weights(folder, tmp_path):

@@ -14,6 +14,7 @@ from ..progress import Reporter
 from ..stream import Result, Team, Work, chunks
 from ..units import Units, units_from_tensors, units_to_tensors
 from .fitted import Fitted
+from .foreign import with_foreign
 from .local import fit_local
 from .options import Options
 from .threshold import Meter
@@ -40,7 +41,8 @@ def fit(
     aim = _aim(options)
     meter = Meter(decoder, blocks.threshold, options.kv_cache, work, team, report)
     if options.recipe == "local":
-        fitted = fit_local(decoder, blocks, replace(options, sparsity=aim), meter, work, team, report)
+        ids = with_foreign(blocks.fit, checkpoint.vocabulary, options.seed)
+        fitted = fit_local(decoder, ids, replace(options, sparsity=aim), meter, work, team, report)
     else:
         fitted = _end_to_end(checkpoint, blocks, options, aim, meter, work, report)
     if options.polish:
@@ -111,11 +113,13 @@ def polish(fitted: Fitted, blocks: Blocks, options: Options, work: Work, team: T
     # The recipe's threshold was measured before its last step; training holds the one it starts at.
     threshold = meter.near(fitted.units, fitted.scores, aim, "refitted")
 
+    ids = with_foreign(blocks.fit, fitted.decoder.checkpoint.vocabulary, options.seed)
+
     def train() -> Result:
         units, _ = train_polish(
             fitted.decoder.checkpoint,
             fitted.units,
-            cut(blocks.fit, LENGTH),
+            cut(ids, LENGTH),
             threshold=threshold,
             sparsity=aim,
             kv_cache=options.kv_cache,
