@@ -7,7 +7,7 @@ import click
 from rich.console import Console
 
 from . import __version__
-from .choices import INT4_METHODS, KV_CACHES, RECIPES, TARGETS
+from .choices import INT4_METHODS, KV_CACHES, LOGITS, RECIPES, TARGETS
 from .errors import UserError
 
 FILE = click.Path(path_type=Path)
@@ -97,6 +97,13 @@ FILE = click.Path(path_type=Path)
     "--calibrate-quantised",
     is_flag=True,
     help="Calibrate on the units as int4 leaves them: for --int4, or for a routing file that is to serve it.",
+)
+@click.option(
+    "--logits",
+    type=click.Choice(LOGITS),
+    default="all",
+    show_default=True,
+    help="Which an ONNX file gives: of all tokens, or of each text's last alone, which is all that generation needs.",
 )
 @click.option("--trace", is_flag=True, help="ONNX files say which tokens each unit executed: an output 'executed'.")
 @click.option("--overwrite", is_flag=True, help="Replace outputs that exist.")

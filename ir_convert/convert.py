@@ -12,6 +12,7 @@ from .calibrate import Options, calibrate
 from .calibrate.calibrate import check_reachable
 from .calibrate.estimate import estimate
 from .checkpoint import Checkpoint
+from .choices import LOGITS
 from .data import Blocks, Source, read_blocks
 from .errors import UserError
 from .families import UNITS
@@ -65,6 +66,7 @@ def convert(
     int4_method: str | None = None,
     calibrate_quantised: bool = False,
     trace: bool = False,
+    logits: str = "all",
     overwrite: bool = False,
     restart: bool = False,
     report: Reporter | None = None,
@@ -91,6 +93,7 @@ def convert(
         int4_method: see ``Int4``; None for ``rtn``, or what ``routing`` was calibrated on.
         calibrate_quantised: calibrate on the units as quantising leaves them.
         trace: ONNX files say with every call which tokens each unit executed.
+        logits: of ``all`` tokens, or of each text's ``last``: what ONNX files give.
         overwrite: replace outputs that exist.
         restart: forget an interrupted run's work.
         report: shows progress.
@@ -99,10 +102,12 @@ def convert(
         UserError: one line that says what is wrong; no output has been touched then.
     """
     start, processor = time.monotonic(), _device(device)
+    if logits not in LOGITS:
+        raise UserError(f"--logits '{logits}' is not known: give {' or '.join(LOGITS)}")
     outputs = _outputs(out, target)
     quantisation = Quantisation(int4, int4_method, calibrate_quantised)
     quantisation.check(outputs, routing)
-    writing = Writing(outputs, dtype, quantisation, trace, overwrite)
+    writing = Writing(outputs, dtype, quantisation, trace, logits, overwrite)
     team = Team.assemble(processor)
     processor = team.device(processor)
     report = report if report and team.rank == 0 else Silent()
@@ -137,7 +142,7 @@ def convert(
         | {"--tokens": tokens, "--block-size": block_size, "--calibration text": blocks.sha256}
         | {"--device": processor.type, "--dtype": dtype, "number of processes": team.size}
         | quantisation.values()
-        | {"--trace": trace}
+        | {"--trace": trace, "--logits": logits}
     )
     done = [output for output in outputs if job.did(output)]
     if len(done) == len(outputs) and not restart:

@@ -25,6 +25,7 @@ class Writing:
         dtype: ``auto``, or the name of a precision.
         quantisation: the int4 flags.
         trace: ONNX files say with every call which tokens each unit executed.
+        logits: of ``all`` tokens, or of each text's ``last``: what ONNX files give.
         overwrite: replace outputs that exist.
     """
 
@@ -32,6 +33,7 @@ class Writing:
     dtype: str
     quantisation: Quantisation
     trace: bool
+    logits: str
     overwrite: bool
 
     def only(self, outputs: Sequence[Output]) -> "Writing":
@@ -101,6 +103,7 @@ class Writing:
                 progress,
                 int4=self.quantisation.written,
                 trace=self.trace,
+                logits=self.logits,
             )
             if output.kind == "triton":
                 triton.write(folder, output.model_file)

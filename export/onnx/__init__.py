@@ -57,6 +57,7 @@ def write(
     on_progress: Callable[[int, int], None] | None = None,
     int4: Int4 | None = None,
     trace: bool = False,
+    logits: str = "all",
 ) -> None:
     """Writes the routed model into an existing, empty folder.
 
@@ -74,6 +75,7 @@ def write(
         int4: how to quantise the units' projections; None for not at all. In float32 forecasters and routers are rounded to
             the nearest in int4 as well.
         trace: adds an output that says which tokens every unit executed.
+        logits: of ``all`` tokens, or of each sequence's ``last``.
 
     Raises:
         UserError: the dtype or the model is not supported, or a weight is damaged.
@@ -92,7 +94,7 @@ def write(
             on_progress(info.index + 1, info.total)
 
     ir.save(
-        decoder(checkpoint, routing, dtype, int4, trace),
+        decoder(checkpoint, routing, dtype, int4, trace, logits),
         folder / name,
         external_data=f"{name}.data",
         size_threshold_bytes=INLINE_BYTES,

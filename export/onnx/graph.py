@@ -35,7 +35,7 @@ from .int4 import Int4
 from .int8 import ATTRIBUTES, int8_tensors
 from .metadata import metadata
 from .names import tidy
-from .positions import attention_masks, new_tokens, slots, step_biases, token_threshold
+from .positions import attention_masks, last_tokens, new_tokens, slots, step_biases, token_threshold
 from .rotary import rotations
 from .saved import flops_saved, trace
 from .stored import Stored
@@ -51,14 +51,19 @@ values are kept for {kept}."""
 
 
 def decoder(
-    checkpoint: Checkpoint, routing: Routing, dtype: torch.dtype, int4: Int4 | None = None, traced: bool = False
+    checkpoint: Checkpoint,
+    routing: Routing,
+    dtype: torch.dtype,
+    int4: Int4 | None = None,
+    traced: bool = False,
+    logits: str = "all",
 ) -> ir.Model:
     """Builds the routed decoder.
 
     Inputs, B sequences of S new tokens: int64 input_ids ``[B, S]``, attention_mask ``[B, T]`` for these and the T - S before
     them, position_ids ``[B, S]``; past_key_values.N.key and .value ``[B, K, P, D]``, P = T - S, or P >= T: then they are
     buffers with room, to bind as present too; optional routing_threshold fp32 ``[1]``.
-    Outputs: logits ``[B, S, vocab]``; present.N.key and .value ``[B, K, max(P, T), D]``; routing_saved fp32 ``[1]``: the share
+    Outputs: logits ``[B, S, vocab]``, or ``[B, 1, vocab]`` of each sequence's last real token with ``last`` logits; present.N.key and .value ``[B, K, max(P, T), D]``; routing_saved fp32 ``[1]``: the share
     of the FLOPs that routing saved on this call's real tokens, as ``Budget.sparsity`` counts it. With ``traced``, executed
     bool ``[layers, 2, B, S]``: which tokens each layer's attention and MLP executed.
 
@@ -67,18 +72,18 @@ def decoder(
     Returns:
         A model whose weights are read from the checkpoint while it is being saved.
     """
-    return _Decoder(checkpoint, routing, dtype, int4, traced).build()
+    return _Decoder(checkpoint, routing, dtype, int4, traced, logits).build()
 
 
 class _Decoder:
     """The graph under construction."""
 
     def __init__(
-        self, checkpoint: Checkpoint, routing: Routing, dtype: torch.dtype, int4: Int4 | None, traced: bool
+        self, checkpoint: Checkpoint, routing: Routing, dtype: torch.dtype, int4: Int4 | None, traced: bool, logits: str
     ) -> None:
         self.checkpoint, self.routing, self.config = checkpoint, routing, checkpoint.config
         self.dtype, self.ir_dtype = dtype, from_torch_dtype(dtype)
-        self.traced, self.int4 = traced, int4
+        self.traced, self.last, self.int4 = traced, logits == "last", int4
         self.head_dim = head_dim(self.config)
         self.forecasts = any(unit.forecaster.rank for unit in routing.units.values())
         # On a GPU, where float16 is at home, a step is bound by launches more than by bytes, and the native kernels decide.
@@ -139,9 +144,10 @@ class _Decoder:
         for layer, window in enumerate(windows):
             x, *present = self._layer(x, layer, masks[window], biases[window], pasts[layer])
             presents.append(present)
+        x = last_tokens(op, x, new) if self.last else x
         logits = self._capped(self._head(self._norm(x, family.final_norm), embedding))
 
-        self._output(logits, "logits", ["batch", "sequence", vocabulary])
+        self._output(logits, "logits", ["batch", 1 if self.last else "sequence", vocabulary])
         for layer, present in enumerate(presents):
             for part, value in zip(("key", "value"), present, strict=True):
                 self._output(value, f"present.{layer}.{part}", self._cache_shape("present"))

@@ -87,6 +87,13 @@ def new_tokens(op: OpBuilder, real: ir.Value, first: ir.Value) -> ir.Value:
     return op.Slice(real, first, [END], [1], _outputs=["new_tokens"])
 
 
+def last_tokens(op: OpBuilder, x: ir.Value, new: ir.Value) -> ir.Value:
+    """x ``[B, S, d]`` -> ``[B, 1, d]``: each sequence's last token of those that are ``new[B, S]``, wherever its padding is."""
+    places = op.Range(0, op.Squeeze(op.Shape(new, start=1, end=2)), 1)
+    last = op.ReduceMax(op.Where(new, places, 0), [1], keepdims=1)  # [B, 1]
+    return op.GatherND(x, op.Unsqueeze(last, [2]), batch_dims=1, _outputs=["last_tokens"])
+
+
 def token_threshold(op: OpBuilder, new: ir.Value, threshold: ir.Value) -> ir.Value:
     """threshold ``[1]`` -> ``[B, S]``: the threshold for real tokens, +inf for padding, which therefore never executes."""
     return op.Where(new, threshold, math.inf, _outputs=["token_threshold"])

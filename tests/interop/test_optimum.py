@@ -68,6 +68,18 @@ def test_batched_is_as_each_alone(written):
         assert row.equal(written.ort.generate(**alone, **LENGTH)[0, alone.input_ids.shape[1] :])
 
 
+def test_logits_of_the_last_token_alone(tmp_path):
+    checkpoint = Checkpoint.open(str(TINY))
+    routing, tokenizer = random_routing(checkpoint), AutoTokenizer.from_pretrained(TINY, padding_side="left")
+    inputs = tokenizer(PROMPTS, padding=True, return_tensors="pt", return_token_type_ids=False)
+    texts = []
+    for logits in ("all", "last"):
+        (tmp_path / logits).mkdir()
+        onnx.write(checkpoint, routing, tmp_path / logits, "m.onnx", logits=logits)
+        texts.append(ORTModelForCausalLM.from_pretrained(tmp_path / logits).generate(**inputs, **LENGTH))
+    assert texts[0].equal(texts[1])
+
+
 def test_same_logits_as_calibration(written):
     """One call without a cache, against the method as calibration runs it."""
     ids = written.tokenizer(PROMPTS[1], return_tensors="pt").input_ids

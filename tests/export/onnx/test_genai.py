@@ -7,11 +7,11 @@ import numpy as np
 import onnxruntime_genai as og
 import pytest
 import torch
-from models import save_random
+from models import random_routing, save_random
 
 from ir_convert.checkpoint import Checkpoint
 from ir_convert.errors import UserError
-from ir_convert.export.onnx import genai
+from ir_convert.export.onnx import genai, write
 from ir_convert.runtime import OnnxModel
 
 NEW = 40
@@ -72,6 +72,20 @@ def test_every_family_in_a_batch(exported, share):
     ours, _ = exported
     prompts, expected = random_prompts(ours)
     assert generate(load(ours.path.parent, share), prompts, ours.eos_ids, 0) == expected
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_logits_of_the_last_token_alone(share, tmp_path):
+    """A batch is padded on the right, so the last token is not the last real one."""
+    save_random("llama", tmp_path / "base")
+    checkpoint = Checkpoint.open(str(tmp_path / "base"))
+    (tmp_path / "m").mkdir()
+    write(checkpoint, random_routing(checkpoint), tmp_path / "m", "m.onnx", logits="last")
+    ours = OnnxModel.load(tmp_path / "m", threads=1)
+    prompts, expected = random_prompts(ours)
+    model = load(tmp_path / "m", share)
+    assert [generate(model, [prompt], ours.eos_ids, 0)[0] for prompt in prompts] == expected
+    assert generate(model, prompts, ours.eos_ids, 0) == expected
 
 
 def random_prompts(model: OnnxModel) -> tuple[list[list[int]], list[list[int]]]:
