@@ -24,6 +24,7 @@ from speed_session import CLOCKS, Point, Probe, open_session
 from speed_tables import print_all, print_setting
 
 from ir_convert.checkpoint import Checkpoint
+from ir_convert.choices import LOGITS
 from ir_convert.export.onnx.ops import find
 
 
@@ -69,6 +70,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--sparsities", default=",".join(map(str, SPARSITIES)))
     parser.add_argument("--rounds", type=int, help="times taken of everything, in turn")
     parser.add_argument("--steps", type=int, default=16, help="different decode steps, each on the same cache")
+    parser.add_argument("--logits", choices=LOGITS, default="all", help="of all models: what prefill computes")
     parser.add_argument("--cache", choices=("auto", "concat", "in-place"), default="auto", help="of our own models")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: for one thread on a busy core")
     parser.add_argument("--genai", type=Path, help="where `pip install --no-deps --target` put onnxruntime-genai")
@@ -106,10 +108,11 @@ def measure_model(
     points = [Point(length) for length in args.prefill if length]
     points += [Point(1, cached, batch) for cached in args.decode if cached for batch in args.batches]
     for precision in args.precisions:
-        routed = export(checkpoint, routing, folder / f"{precision}-routed", precision)
-        dense = {"own": export(checkpoint, without_routing(), folder / f"{precision}-own", precision)}
+        routed = export(checkpoint, routing, folder / f"{precision}-routed", precision, args.logits)
+        dense = {"own": export(checkpoint, without_routing(), folder / f"{precision}-own", precision, args.logits)}
+        other = folder / (f"{precision}-genai" + "-last" * (args.logits == "last"))
         try:
-            dense["genai"] = build_genai(checkpoint.path, folder / f"{precision}-genai", precision, "cpu", args.genai)
+            dense["genai"] = build_genai(checkpoint.path, other, precision, "cpu", args.genai, args.logits)
         except RuntimeError as reason:
             _note(config, f"{name}, {precision}: compared with our own dense export alone; {reason}")
         plans = _plans(args, checkpoint, routing.units, routed, points, precision)
@@ -133,7 +136,7 @@ def _plans(
     args: argparse.Namespace, checkpoint: Checkpoint, units: Any, routed: Path, points: list[Point], precision: str
 ) -> list[Any]:
     probe = Probe.open(routed, checkpoint.config, "cpu", max(args.threads))
-    return plan(probe, units, points, args.sparsities, args.steps, precision)
+    return plan(probe, units, points, args.sparsities, args.steps, precision, args.logits)
 
 
 def _library() -> Path:

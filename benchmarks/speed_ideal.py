@@ -2,7 +2,7 @@
 
 Prefill is bound by arithmetic: FLOPs of the layers' projections for executed tokens (keys and values for all), forecasters
 and routers for all tokens, the attention core for executed queries (each against the keys it sees), and the head for every
-position. Decode is bound by memory: bytes of weights read in a step. A unit's skipped projections are read if any token of
+position, or each sequence's last. Decode is bound by memory: bytes of weights read in a step. A unit's skipped projections are read if any token of
 the batch executes it, once for the whole batch; the rest, forecasters, routers and the head are read always.
 Embedding, norms, rotary embedding and softmax are not counted, nor is the cache that decode reads: on either side.
 """
@@ -26,10 +26,10 @@ HEAD_BYTES = BYTES | {"int4": 1 + 4 / 32}
 ROUTER_BYTES = BYTES | {"fp16": 4.0}
 
 
-def dense_flops(config: PretrainedConfig, batch: int, length: int, past: int = 0) -> int:
-    """Returns the dense model's FLOPs of one call."""
+def dense_flops(config: PretrainedConfig, batch: int, length: int, past: int = 0, logits: str = "all") -> int:
+    """Returns the dense model's FLOPs of one call; ``last`` logits are one of each sequence."""
     budget, tokens = Budget.of(config, {}), batch * length
-    head = 2 * config.hidden_size * config.vocab_size * tokens
+    head = 2 * config.hidden_size * config.vocab_size * (batch if logits == "last" else tokens)
     return budget.layers * (budget.dense * tokens + batch * int(_core(config, length, past).sum())) + head
 
 
@@ -46,7 +46,7 @@ def _core(config: PretrainedConfig, length: int, past: int) -> NDArray[np.int64]
     return 4 * config.num_attention_heads * head_dim(config) * (past + 1 + np.arange(length))
 
 
-def prefill_ideal(config: PretrainedConfig, units: Units, executed: Flags, past: int = 0) -> float:
+def prefill_ideal(config: PretrainedConfig, units: Units, executed: Flags, past: int = 0, logits: str = "all") -> float:
     """Returns the FLOPs of one call over the dense model's.
 
     Args:
@@ -54,11 +54,12 @@ def prefill_ideal(config: PretrainedConfig, units: Units, executed: Flags, past:
         units: the routed units.
         executed: what each of them executed.
         past: how many tokens the cache held.
+        logits: of all tokens, or of each sequence's last.
     """
     budget = Budget.of(config, units)
     batch, length = next(iter(executed.values())).shape
     tokens = batch * length
-    core, dense = _core(config, length, past), dense_flops(config, batch, length, past)
+    core, dense = _core(config, length, past), dense_flops(config, batch, length, past, logits)
     saved = sum(budget.saved[unit] * int((~flags).sum()) for (_, unit), flags in executed.items())
     saved += sum(int((~flags * core).sum()) for (_, unit), flags in executed.items() if unit == "attention")
     return (dense - saved + tokens * sum(budget.overhead.values())) / dense

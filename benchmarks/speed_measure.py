@@ -45,11 +45,13 @@ class Plan:
 
     Attributes:
         precision: of the model: fp32, fp16 or int4.
+        logits: that it gives: of all tokens, or of each sequence's last.
     """
 
     point: Point
     steps: Tokens
     precision: str
+    logits: str = "all"
     chosen: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -61,13 +63,19 @@ def draw_tokens(config: PretrainedConfig, point: Point, steps: int) -> Tokens:
 
 
 def plan(
-    probe: Probe, units: Units, points: Sequence[Point], asked: Sequence[float], steps: int, precision: str
+    probe: Probe,
+    units: Units,
+    points: Sequence[Point],
+    asked: Sequence[float],
+    steps: int,
+    precision: str,
+    logits: str = "all",
 ) -> list[Plan]:
     """Finds the thresholds that save what is asked on the very tokens that will be timed, and the ideals."""
     starts = dict.fromkeys(asked, 0.0)
     plans = []
     for point in points:
-        this = Plan(point, draw_tokens(probe.config, point, steps), precision)
+        this = Plan(point, draw_tokens(probe.config, point, steps), precision, logits)
         for wanted in asked:
             row = _choose(probe, units, this, wanted, starts[wanted])
             if wanted:
@@ -97,7 +105,7 @@ def _choose(probe: Probe, units: Units, this: Plan, wanted: float, start: float)
     ideal = (
         decode_ideal(config, units, flags, this.precision)
         if this.point.kind == "decode"
-        else prefill_ideal(config, units, flags[0])
+        else prefill_ideal(config, units, flags[0], logits=this.logits)
     )
     rates = [1 - np.mean([call[key].mean() for call in flags]) for key in flags[0]]
     return {

@@ -139,17 +139,18 @@ def without_routing() -> Routing:
     return Routing({}, Curve([0.0, 1.0], [0.0, 1.0]), {"sparsity": 0.0, "base_model": "random", "weights_sha256": None})
 
 
-def export(checkpoint: Checkpoint, routing: Routing, folder: Path, precision: str) -> Path:
+def export(checkpoint: Checkpoint, routing: Routing, folder: Path, precision: str, logits: str = "all") -> Path:
     """Writes a model with our exporter, in place of what is there; returns the model file."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    onnx.write(
-        checkpoint, routing, folder, "model.onnx", dtype=DTYPES[precision], int4=Int4() if precision == "int4" else None
-    )
+    int4 = Int4() if precision == "int4" else None
+    onnx.write(checkpoint, routing, folder, "model.onnx", dtype=DTYPES[precision], int4=int4, logits=logits)
     return folder / "model.onnx"
 
 
-def build_genai(checkpoint: Path, folder: Path, precision: str, provider: str, site: Path | None) -> Path:
+def build_genai(
+    checkpoint: Path, folder: Path, precision: str, provider: str, site: Path | None, logits: str = "all"
+) -> Path:
     """Has onnxruntime-genai's builder write the dense model, in a process of its own; returns the model file.
 
     Args:
@@ -157,6 +158,7 @@ def build_genai(checkpoint: Path, folder: Path, precision: str, provider: str, s
         folder: where to write; a model that is already there is used again.
         precision: fp32, fp16 or int4.
         provider: what the model is built for: cpu or cuda.
+        logits: of all tokens, or of each sequence's last.
         site: where the package was installed (``pip install --no-deps --target``); None if it is installed as usual.
 
     Raises:
@@ -169,8 +171,9 @@ def build_genai(checkpoint: Path, folder: Path, precision: str, provider: str, s
         environment["PYTHONPATH"] = os.pathsep.join([str(site), environment.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", f"{BUILDER}.models.builder", "-m", str(checkpoint), "-o", str(folder)]
     command += ["-p", precision, "-e", provider, "-c", str(folder.with_name("genai-cache"))]
-    if precision == "int4":  # by itself it rounds the head to int4 as well; ours is in int8
-        command += ["--extra_options", "algo_config=rtn_last"]
+    # By itself it rounds the head of an int4 model to int4 as well; ours is in int8.
+    extra = ["algo_config=rtn_last"] * (precision == "int4") + ["prune_lm_head=true"] * (logits == "last")
+    command += ["--extra_options", *extra] if extra else []
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         shutil.rmtree(folder, ignore_errors=True)

@@ -49,6 +49,8 @@ def test_prefill_ideal_is_what_a_hand_counts(counted):
     routed = 3 * 2 * 64 + 2 * 2 * 128 + 32 * (1 + 3) + 1 * 2 * 384 + 3 * 2 * 80 + 3 * 2 * 2 * (32 + 27)
     assert prefill_ideal(*counted, flags) == pytest.approx(routed / dense)
     assert sparsity(*counted, [flags]) == pytest.approx((128 / 3 + 384 * 2 / 3 - 2 * 59) / 576)
+    head = 2 * 2 * 80  # of two tokens
+    assert prefill_ideal(*counted, flags, logits="last") == pytest.approx((routed - head) / (dense - head))
     everything = {key: np.ones((1, 3), bool) for key in flags}
     assert prefill_ideal(*counted, everything) == pytest.approx(1 + 3 * 2 * 2 * 59 / dense)
 
