@@ -1,8 +1,11 @@
 """The short table at the end of a conversion."""
 
+import os
+
 from rich.table import Table
 
 from ..convert import Conversion
+from ..export.onnx import ops
 
 
 def summary(conversion: Conversion) -> Table:
@@ -30,8 +33,12 @@ def summary(conversion: Conversion) -> Table:
 
 def written(conversion: Conversion) -> list[str]:
     """Returns the lines after the table: sizes and time. A path that a table breaks over lines could not be copied."""
-    wrote = [f"wrote {path}  {_size(size)}" for path, size in conversion.sizes.items()]
-    return [*wrote, f"time {conversion.seconds:.0f} s"]
+    lines = [f"wrote {path}  {_size(size)}" for path, size in conversion.sizes.items()]
+    lines.append(f"time {conversion.seconds:.0f} s")
+    named = os.environ.get(ops.VARIABLE) is not None
+    if any(path.suffix == ".onnx" for path in conversion.sizes) and not named and ops.find() is None:
+        lines.append(f"ONNX files run faster with native kernels, which are not built yet: {ops.BUILD}")
+    return lines
 
 
 def _size(size: int) -> str:

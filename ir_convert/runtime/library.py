@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import UserError
-from ..export.onnx.ops import find, supported
+from ..export.onnx.ops import BUILD, find, supported
 from .loading import Model
 
 
@@ -24,9 +24,7 @@ def choose(library: str | Path | bool | None, model: Model, providers: Sequence[
     if isinstance(library, str | Path):
         wanted = Path(library)
         if not wanted.is_file():
-            raise UserError(
-                f"library '{library}' does not exist: build it (python -m ir_convert.export.onnx.ops build)"
-            )
+            raise UserError(f"library '{library}' does not exist: build it ({BUILD})")
         if missing := lacking(wanted, model, providers):
             raise UserError(f"library '{library}' has no {missing}: leave it out, and the model's own functions run")
         return wanted

@@ -5,6 +5,6 @@ the functions of domain ``ir``; docs/native-kernels.md says which.
 """
 
 from .building import build
-from .library import find, level, supported
+from .library import BUILD, VARIABLE, find, level, supported
 
-__all__ = ["build", "find", "level", "supported"]
+__all__ = ["BUILD", "VARIABLE", "build", "find", "level", "supported"]

@@ -6,7 +6,7 @@ import click
 
 from ir_convert.errors import UserError
 
-from . import build, find, level, supported
+from . import BUILD, build, find, level, supported
 
 
 @click.group()
@@ -31,7 +31,7 @@ def build_command(out: Path | None, cuda: str, sanitize: bool) -> None:
 def find_command() -> None:
     """Prints where the library is, and what it has kernels for."""
     if (library := find()) is None:
-        raise UserError("no library has been built: python -m ir_convert.export.onnx.ops build")
+        raise UserError(f"no library has been built: {BUILD}")
     click.echo(library)
     click.echo(f"  CPU kernels for {level(library)}")
     for kernel in sorted(supported(library)):

@@ -14,6 +14,7 @@ SOURCES = Path(__file__).parent
 SUFFIXES = (".txt", ".h", ".cpp", ".cuh", ".cu")
 NAME = "libir_ops.dylib" if platform.system() == "Darwin" else "libir_ops.so"
 VARIABLE = "IR_CONVERT_OPS"  # names a library to use in place of the built one; empty: none
+BUILD = "python -m ir_convert.export.onnx.ops build"
 LEVEL = "IR_CONVERT_OPS_LEVEL"  # names the best level of the instruction set that kernels may be for
 
 
@@ -50,7 +51,7 @@ def supported(library: Path) -> dict[tuple[str, str, str, str], tuple[str, ...]]
     """
     lines = [line.split() for line in _said(library, "IrOpsTable").splitlines()]
     if any(line[1].partition(".")[0] != "ir" for line in lines):  # an earlier version named no domains
-        raise UserError(f"{library} is of another version: build it again (python -m ir_convert.export.onnx.ops build)")
+        raise UserError(f"{library} is of another version: build it again ({BUILD})")
     return {(provider, domain, name, kind): tuple(inputs) for provider, domain, name, kind, *inputs in lines}
 
 
