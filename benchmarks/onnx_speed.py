@@ -104,7 +104,7 @@ def measure_model(
     """Makes one model in every precision, times it, prints a table for each setting; yields records."""
     checkpoint = write_checkpoint(folder / "checkpoint", SHAPES[name])
     routing = random_routing(checkpoint.config)
-    config["models"][name] = model_facts(checkpoint.config, routing)
+    config["models"][name] = model_facts(checkpoint.config, routing) | {"logits": args.logits}
     points = [Point(length) for length in args.prefill if length]
     points += [Point(1, cached, batch) for cached in args.decode if cached for batch in args.batches]
     for precision in args.precisions:

@@ -178,8 +178,9 @@ class Runner:
 
 def room_for_logits(session: ort.InferenceSession, config: PretrainedConfig, point: Point, device: str) -> ort.OrtValue:
     """Allocates what a call writes its logits to: so large for long prompts that runners had better share it."""
-    (dtype,) = (NUMPY[value.type] for value in session.get_outputs() if value.name == "logits")
-    return ort.OrtValue.ortvalue_from_shape_and_type([point.batch, point.tokens, config.vocab_size], dtype, device, 0)
+    (logits,) = (value for value in session.get_outputs() if value.name == "logits")
+    shape = [point.batch, 1 if logits.shape[1] == 1 else point.tokens, config.vocab_size]
+    return ort.OrtValue.ortvalue_from_shape_and_type(shape, NUMPY[logits.type], device, 0)
 
 
 def input_names(session: ort.InferenceSession) -> set[str]:

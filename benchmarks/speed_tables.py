@@ -23,6 +23,9 @@ def print_all(result: Mapping[str, Any]) -> None:
         print_setting(config["models"][model], model, precision, threads, records)
 
 
+HEAD_OF = {"all": "every position", "last": "each sequence's last position alone"}
+
+
 def print_setting(
     facts: Mapping[str, Any], model: str, precision: str, threads: int, records: Iterable[Mapping[str, Any]]
 ) -> None:
@@ -31,7 +34,7 @@ def print_setting(
         f"{facts['ffn']}, {facts['heads']} heads, {facts['kv_heads']} of keys; forecasters' rank {facts['rank']}, routers' "
         f"width {facts['router_width']}: {facts['overhead']:.1%} of the linear FLOPs;\nthe head "
         f"({facts['vocabulary']} tokens{', tied' if facts['tied'] else ''}) is {facts['head_share']:.1%} of all "
-        "projections' and counted on both sides, for every position."
+        f"projections' and counted on both sides, for {HEAD_OF[facts.get('logits', 'all')]}."
     )
     point = lambda record: Point(record["tokens"], record["cached"], record["batch"])  # noqa: E731
     for where, rows in groupby(records, point):
