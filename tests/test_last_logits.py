@@ -3,10 +3,8 @@
 import json
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 import pytest
-import torch
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -118,12 +116,3 @@ def test_the_option(tmp_path, monkeypatch):
     )
     CliRunner().invoke(command, ["m", "--out", "o.onnx", "--logits", "last"], catch_exceptions=False)
     assert asked["logits"] == "last"
-
-
-def test_in_bfloat16_the_graph_is_sound(tmp_path):
-    """For GPUs alone; here, that it is built and checked."""
-    save_random("llama", tmp_path / "base")
-    checkpoint = Checkpoint.open(str(tmp_path / "base"))
-    (tmp_path / "m").mkdir()
-    write(checkpoint, random_routing(checkpoint), tmp_path / "m", "m.onnx", torch.bfloat16, logits="last")
-    onnx.checker.check_model(tmp_path / "m" / "m.onnx")

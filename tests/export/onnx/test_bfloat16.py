@@ -88,8 +88,9 @@ def checkpoint(request, tmp_path_factory) -> Checkpoint:
     return Checkpoint.open(str(path))
 
 
-def test_every_operator_has_a_kernel(checkpoint, tmp_path):
-    write(checkpoint, random_routing(checkpoint), tmp_path, "m.onnx", torch.bfloat16)
+@pytest.mark.parametrize("logits", ["all", "last"])
+def test_every_operator_has_a_kernel(logits, checkpoint, tmp_path):
+    write(checkpoint, random_routing(checkpoint), tmp_path, "m.onnx", torch.bfloat16, logits=logits)
     onnx.checker.check_model(tmp_path / "m.onnx", full_check=True)
     model = onnx.load(tmp_path / "m.onnx")
     used = operators(model)
