@@ -77,7 +77,7 @@ def exported(monkeypatch):
     """What reaches the ONNX exporter, in place of a file."""
     settings = []
 
-    def write(checkpoint, routing, folder, name, dtype, on_progress, int4, trace):
+    def write(checkpoint, routing, folder, name, dtype, on_progress, int4, trace, logits):
         assert checkpoint.rounding is None  # or weights would be quantised twice
         settings.append(int4)
         (folder / name).touch()
