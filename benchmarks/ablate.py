@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 from quality_measure import CLOSE, Routed, figures, interpolate, saved_on, seek
+from quality_methods import thresholded
 from quality_setting import read_text
 
 from ir_convert.calibrate import Options
-from ir_convert.calibrate.fitted import Fitted
 from ir_convert.calibrate.recipes import fit
 from ir_convert.checkpoint import Checkpoint
 from ir_convert.data import Source, read_blocks
@@ -55,17 +55,14 @@ def run(checkpoint: Checkpoint, args: argparse.Namespace, change: str) -> dict[s
     row: dict[str, Any] = {"change": change or "(default)", "fit_seconds": seconds, "texts": {}}
     for text in args.text:
         ids = read_text(Path(text), checkpoint, args.test_tokens)
-        row["texts"][Path(text).name] = _exactly(fitted, settled.kv_cache, ids, args.sparsity)
+        row["texts"][Path(text).name] = _exactly(thresholded(fitted, settled), ids, args.sparsity)
     return row
 
 
-def _exactly(fitted: Fitted, kv_cache: str, ids: torch.Tensor, sparsity: float) -> dict[str, float]:
+def _exactly(routed: Routed, ids: torch.Tensor, sparsity: float) -> dict[str, float]:
     """Returns the figures on one text at exactly that sparsity: log-linear between thresholds close around it."""
-    scores = torch.cat(list(fitted.scores.values())).float()
-    spread = float(scores.quantile(0.55) - scores.quantile(0.45)) / 2
-    routed = Routed(fitted.units, fitted.decoder, kv_cache, fitted.near[1], spread)
-    own, slope = seek(saved_on(routed, ids), sparsity, routed.start, spread)
-    dense, *rows = figures(routed, ids, [own - CLOSE * slope, own + CLOSE * slope, fitted.near[1]])
+    own, slope = seek(saved_on(routed, ids), sparsity, routed.start, routed.spread)
+    dense, *rows = figures(routed, ids, [own - CLOSE * slope, own + CLOSE * slope, routed.start])
     exact = interpolate(rows, sparsity)
     return {
         "dense": math.exp(dense["log_perplexity"]),

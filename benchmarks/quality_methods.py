@@ -120,7 +120,7 @@ def _run_fit(
             start = _now()
             fitted = polish(fitted, job.blocks, replace(options, polish=job.polish), Work(), Team(), Silent())
             taken = tuple(own + recipe for own, recipe in zip(_elapsed(start), taken, strict=True))
-        routed = _random(fitted, sparsity, job.seed) if method == "random" else _thresholded(fitted, options)
+        routed = _random(fitted, sparsity, job.seed) if method == "random" else thresholded(fitted, options)
         # A method's time is its recipe's, and what it takes to set its threshold.
         begin, cost = _now(), {}
         try:
@@ -192,7 +192,8 @@ def _cost(start: tuple[float, ...], device: str) -> dict[str, Any]:
     }
 
 
-def _thresholded(fitted: Fitted, options: Options) -> Routed:
+def thresholded(fitted: Fitted, options: Options) -> Routed:
+    """Returns a fit as it is measured: where to look for thresholds, by the scores' spread."""
     scores = np.concatenate([values.float().numpy().ravel() for values in fitted.scores.values()])
     low, high = np.quantile(scores, [0.45, 0.55])
     return Routed(fitted.units, fitted.decoder, options.kv_cache, fitted.near[1], max(float(high - low) / 2, 1e-4))

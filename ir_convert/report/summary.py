@@ -35,7 +35,7 @@ def written(conversion: Conversion) -> list[str]:
     """Returns the lines after the table: sizes and time. A path that a table breaks over lines could not be copied."""
     lines = [f"wrote {path}  {_size(size)}" for path, size in conversion.sizes.items()]
     lines.append(f"time {conversion.seconds:.0f} s")
-    named = os.environ.get(ops.VARIABLE) is not None
+    named = ops.VARIABLE in os.environ  # or wanted away: it is empty then
     if any(path.suffix == ".onnx" for path in conversion.sizes) and not named and ops.find() is None:
         lines.append(f"ONNX files run faster with native kernels, which are not built yet: {ops.BUILD}")
     return lines
