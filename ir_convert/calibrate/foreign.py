@@ -7,7 +7,7 @@ as free to it, and its router thinks it right. Blocks of random tokens are as fo
 import torch
 from torch import Tensor
 
-EVERY = 6  # the last block of so many; 0 leaves the text as it is
+EVERY = 4  # the last block of so many; 0 leaves the text as it is
 
 
 def foreign(count: int) -> Tensor:

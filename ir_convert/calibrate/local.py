@@ -5,7 +5,6 @@ from torch import Tensor
 from ..decoder import Decoder
 from ..progress import Reporter
 from ..stream import Team, Work
-from ..units import RoutedUnit
 from .allocate import allocate_ranks
 from .dense import candidate_ranks, place_of_mean, run_backward, run_forward, units_at
 from .fitted import Fitted
@@ -13,9 +12,6 @@ from .foreign import foreign
 from .options import Options
 from .refit import refit
 from .threshold import Meter
-
-# So much of each fitted forecast is kept: whole ones are closest to the units, but lose more of the predictions, on any text.
-SHRINK = 0.8
 
 
 def fit_local(
@@ -42,7 +38,6 @@ def fit_local(
     threshold = meter.near(even, scores, options.sparsity)
     chosen = allocate_ranks(learnt, ranks, mean, threshold, team)
     units = refit(decoder, even, chosen, ids, count, threshold, options, work, team, report)
-    units = {key: RoutedUnit(unit.forecaster.scaled(SHRINK), unit.router) for key, unit in units.items()}
     place = place_of_mean(ranks)
     notes = {
         key: {

@@ -17,6 +17,9 @@ ACTIVATION_STEPS = 300
 # A token is led back no further than this, in units of the root mean square of the unit's outputs: a token whose huge
 # activation was left out (large models have such) would else be all that later forecasters are fitted to.
 FURTHEST = 10.0
+# A forecast is made smaller by so much of what it leaves unexplained: a whole one is closest to the unit, but loses more of the
+# predictions, on any text; one that is nearly exact stays as it is.
+SHRINK = 0.3
 
 
 def refit(
@@ -38,6 +41,7 @@ def refit(
     unit's own output and, as far as the hidden state tells, to what earlier approximations left out. (So AdaRound, Nagel et
     al. 2020, rounds a layer: inputs as they will be, outputs as they were.) Tokens that the router executes count with the
     unit's output alone, and 0.3 times: they keep the forecaster from overfitting and let the threshold move later.
+    Each forecaster is shrunk in the end, by ``SHRINK``; later ones are fitted to what the whole one leaves.
 
     Args:
         ids: this process's blocks ``[blocks, sequence]``, of ``count`` over all processes.
@@ -66,13 +70,19 @@ def refit(
             with torch.enable_grad():
                 seed = options.seed + 1000 * index + len(unit)
                 forecaster = train_activation(forecaster, h, goal, weight, steps, seed, sample)
-            result |= named(unit, RoutedUnit(forecaster, routed.router).tensors())
+            left, whole = torch.zeros(2, dtype=torch.float64, device=h.device).unbind()
             for rows in chunks(blocks, 2 * sequence):
                 flat = slice(rows.start * sequence, rows.stop * sequence)
-                change = merge(execute[flat], y[flat], forecaster(h[flat])).cpu()
+                forecast = forecaster(h[flat])
+                left += weight[flat].double() @ (goal[flat] - forecast).square().sum(1).double()
+                whole += weight[flat].double() @ goal[flat].square().sum(1).double()
+                change = merge(execute[flat], y[flat], forecast).cpu()
                 streams = target[rows]
                 streams[:, 0] += change.view_as(streams[:, 0])
                 target[rows] = streams
+            team.sum([left, whole])
+            kept = 1 - SHRINK * float((left / whole.clamp(min=1e-30)).clamp(max=1.0))
+            result |= named(unit, RoutedUnit(forecaster.scaled(kept), routed.router).tensors())
         return result or {"done": torch.ones(1)}
 
     def start(target: States) -> None:

@@ -55,22 +55,30 @@ def test_forecasters_fit_the_routed_stream(kv_cache, kinds, furthest, checkpoint
     ranks = {key: 2 + key[0] for key in before}
     options = Options(units=kinds, kv_cache=kv_cache)
 
-    def run(steps):
+    def run(steps, shrink):
+        monkeypatch.setattr(refit, "SHRINK", shrink)
         rest = (ranks, ids, len(ids), THRESHOLD, options, Work(), Team(), Silent())
         return refit.refit(decoder, before, *rest, activation_steps=steps)
 
-    after, shares = run(0), []
+    shrunk, after, shares, factors = run(0, refit.SHRINK), run(0, 0.0), [], []
     assert list(after) == list(before)
     for key, h, goal, execute in met(decoder, after, ids, kv_cache):
         assert after[key].forecaster.rank == ranks[key]
         for name, tensor in vars(before[key].router).items():
             assert torch.equal(tensor, getattr(after[key].router, name))
         moments = Moments(h.shape[-1], h.shape[-1], h.device)
-        moments.add(h, goal, torch.where(execute, refit.EXECUTED_WEIGHT, 1.0))
+        weight = torch.where(execute, refit.EXECUTED_WEIGHT, 1.0)
+        moments.add(h, goal, weight)
         expected, _ = moments.fit(ranks[key])
-        assert (after[key].forecaster(h) - expected(h)).abs().max() < 1e-3 * goal.std(), key
+        forecast = after[key].forecaster(h)
+        assert (forecast - expected(h)).abs().max() < 1e-3 * goal.std(), key
+        # Each is made smaller by 0.3 of what it leaves unexplained, which does not change what later ones meet.
+        left = (weight * (goal - forecast).square().sum(-1)).sum() / (weight * goal.square().sum(-1)).sum()
+        factors.append(1 - 0.3 * left)
+        torch.testing.assert_close(shrunk[key].forecaster(h), factors[-1] * forecast, rtol=1e-3, atol=1e-5)
         shares.append(execute.float().mean())
     assert 0.1 < torch.stack(shares).mean() < 0.9  # routing does decide
+    assert max(factors) - min(factors) > 0.01
 
-    trained = run(20)
+    trained = run(20, 0.0)
     assert any(not torch.equal(trained[key].forecaster.down, after[key].forecaster.down) for key in after)
