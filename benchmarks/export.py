@@ -25,7 +25,7 @@ import onnxruntime as ort
 import torch
 from from_source import ROOT
 from quality_setting import command_line
-from scale import SHAPES, parameters, resident, write_checkpoint
+from scale import SHAPES, parameters, resident, write_model
 
 from ir_convert.calibrate.options import default_rank, default_router_width
 from ir_convert.checkpoint import Checkpoint
@@ -131,8 +131,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
         model, out = Path(temporary) / "model", Path(temporary) / "out"
-        model.mkdir()
-        count = parameters(write_checkpoint(model, args.parameters, args.shape))
+        count = parameters(write_model(model, args.parameters, args.shape))
         rows, cold = [], forget_cache()
         reading = read(model)
         print(

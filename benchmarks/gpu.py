@@ -25,9 +25,9 @@ import from_source  # noqa: F401
 import numpy as np
 import onnxruntime as ort
 import torch
-from quality_setting import command_line
+from quality_setting import command_line, processor
 from speed_limits import add_limits, measure_limits, print_limits
-from speed_measure import SPARSITIES, compare, draw_tokens, plan, processor, versions
+from speed_measure import SPARSITIES, compare, draw_tokens, plan, versions
 from speed_models import SHAPES, build_genai, export, model_facts, random_routing, without_routing, write_checkpoint
 from speed_profile import print_profile
 from speed_session import Point, Probe, open_session

@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from quality_setting import command_line
-from speed_measure import SPARSITIES, compare, plan, processor, versions
+from quality_setting import command_line, processor
+from speed_measure import SPARSITIES, compare, plan, versions
 from speed_models import SHAPES, build_genai, export, model_facts, random_routing, without_routing, write_checkpoint
 from speed_profile import print_profile
 from speed_session import CLOCKS, Point, Probe, open_session

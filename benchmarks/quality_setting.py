@@ -62,7 +62,7 @@ def describe(
             "ir_convert": ir_convert.__version__,
         },
         "threads": torch.get_num_threads(),
-        "machine": torch.cuda.get_device_name() if device.startswith("cuda") else _processor(),
+        "machine": torch.cuda.get_device_name() if device.startswith("cuda") else processor(),
         "device": device,
     }
 
@@ -91,7 +91,8 @@ def command_line() -> str:
     return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Returns the name of the CPU."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

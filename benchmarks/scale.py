@@ -9,7 +9,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -19,67 +18,24 @@ from pathlib import Path
 
 import torch
 import transformers
-from safetensors.torch import save_file
-from transformers import AutoTokenizer, LlamaConfig
+from quality_setting import processor
+from speed_models import Shape, write_checkpoint
+from transformers import PretrainedConfig
 
-TINY = Path(__file__).parents[1] / "examples" / "tiny-llama"
 # Hidden and MLP width, heads, key/value heads of well-known models; how many layers, the parameters asked for say.
 SHAPES = {"1B": (2048, 5632, 32, 4), "7B": (4096, 11008, 32, 32), "70B": (8192, 28672, 64, 8)}
+VOCABULARY = 32000
 
 
-def write_checkpoint(folder: Path, billions: float, shape: str) -> LlamaConfig:
-    """Writes a random Llama in bfloat16, one shard a layer."""
-    hidden, ffn, heads, kv_heads = SHAPES[shape]
-    tokenizer = AutoTokenizer.from_pretrained(TINY)
-    tokenizer.save_pretrained(folder)
-    head = hidden // heads
-    layer = 2 * hidden * hidden + 2 * hidden * head * kv_heads + 3 * hidden * ffn
-    vocabulary = 32000
-    layers = max(1, math.ceil((billions * 1e9 - 2 * vocabulary * hidden) / layer))
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=ffn,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        architectures=["LlamaForCausalLM"],
-        dtype="bfloat16",
-    )
-    config.save_pretrained(folder)
-    generator, weight_map = torch.Generator().manual_seed(0), {}
-
-    def random(*shape: int) -> torch.Tensor:
-        return (torch.randn(*shape, generator=generator) / shape[-1] ** 0.5).bfloat16()
-
-    def save(file: str, tensors: dict[str, torch.Tensor]) -> None:
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(tensors, file))
-
-    for index in range(layers):
-        sizes = {
-            "self_attn.q_proj": (hidden, hidden),
-            "self_attn.k_proj": (head * kv_heads, hidden),
-            "self_attn.v_proj": (head * kv_heads, hidden),
-            "self_attn.o_proj": (hidden, hidden),
-            "mlp.gate_proj": (ffn, hidden),
-            "mlp.up_proj": (ffn, hidden),
-            "mlp.down_proj": (hidden, ffn),
-        }
-        prefix = f"model.layers.{index}."
-        tensors = {f"{prefix}{name}.weight": random(*size) for name, size in sizes.items()}
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"{prefix}{norm}.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
-        save(f"model-layer-{index:03}.safetensors", tensors)
-    ends = {"model.embed_tokens.weight": random(vocabulary, hidden), "lm_head.weight": random(vocabulary, hidden)}
-    save("model-ends.safetensors", {**ends, "model.norm.weight": torch.ones(hidden, dtype=torch.bfloat16)})
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    return config
+def write_model(folder: Path, billions: float, name: str) -> PretrainedConfig:
+    """Writes a random Llama of about so many parameters in bfloat16, one shard a layer."""
+    hidden, ffn, heads, kv_heads = SHAPES[name]
+    layer = 2 * hidden * hidden + 2 * hidden * (hidden // heads) * kv_heads + 3 * hidden * ffn
+    layers = max(1, math.ceil((billions * 1e9 - 2 * VOCABULARY * hidden) / layer))
+    return write_checkpoint(folder, Shape(layers, hidden, ffn, heads, kv_heads, VOCABULARY)).config
 
 
-def parameters(config: LlamaConfig) -> int:
+def parameters(config: PretrainedConfig) -> int:
     """Returns how many parameters a Llama with a head of its own has."""
     hidden, kv = config.hidden_size, config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
     layer = 2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * config.intermediate_size + 2 * hidden
@@ -104,8 +60,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
         model = Path(temporary) / "model"
-        model.mkdir()
-        config = write_checkpoint(model, args.parameters, args.shape)
+        config = write_model(model, args.parameters, args.shape)
         stages: dict[str, list[float]] = {}
         command = [sys.executable, "-m", "ir_convert", model, "--out", Path(temporary) / "routing.safetensors"]
         command += ["--tokens", args.tokens, "--block-size", args.block_size, "--device", args.device]
@@ -142,7 +97,7 @@ def main() -> None:
         "layers": config.num_hidden_layers,
         "hidden": config.hidden_size,
         "tokens": args.tokens,
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -6,7 +6,6 @@ import platform
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
@@ -250,14 +249,6 @@ def versions() -> dict[str, str]:
         "transformers": transformers.__version__,
         "ir_convert": ir_convert.__version__,
     }
-
-
-def processor() -> str:
-    """Returns the name of the CPU."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, list[float]]:

@@ -6,6 +6,7 @@ Nothing here runs code that came with a model, and nothing loads a whole model.
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -90,6 +91,16 @@ class Checkpoint:
         checkpoint = cls(model, path, config, _shards(path))
         checkpoint._check_weights()
         return checkpoint
+
+    @property
+    def hub_id(self) -> str | None:
+        """Returns the name where it is a Hub id."""
+        return self.name if re.fullmatch(r"[\w.-]+/[\w.-]+", self.name) and not Path(self.name).exists() else None
+
+    @property
+    def public_name(self) -> str:
+        """Returns what files that are passed on call it: where a local folder lies is nobody else's business."""
+        return self.hub_id or self.path.resolve().name
 
     @property
     def family(self) -> Family:

@@ -1,9 +1,11 @@
 """The whole pipeline, top to bottom."""
 
+import inspect
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -101,6 +103,7 @@ def convert(
     Raises:
         UserError: one line that says what is wrong; no output has been touched then.
     """
+    given = dict(locals())
     start, processor = time.monotonic(), _device(device)
     if logits not in LOGITS:
         raise UserError(f"--logits '{logits}' is not known: give {' or '.join(LOGITS)}")
@@ -113,6 +116,7 @@ def convert(
     report = report if report and team.rank == 0 else Silent()
     checkpoint = Checkpoint.open(model)
     if routing is not None:
+        _check_ignored(routing, given)
         learned = _reuse(routing, checkpoint, sparsity)
         writing = replace(writing, quantisation=quantisation.of(learned))
         sizes = writing.write(checkpoint, learned, report) if team.rank == 0 else {}
@@ -140,9 +144,9 @@ def convert(
         {"ir-convert": __version__, "model": checkpoint.weights_sha256}
         | {f"--{name.replace('_', '-')}": value for name, value in options.as_dict().items()}
         | {"--tokens": tokens, "--block-size": block_size, "--calibration text": blocks.sha256}
-        | {"--device": processor.type, "--dtype": dtype, "number of processes": team.size}
-        | quantisation.values()
-        | {"--trace": trace, "--logits": logits}
+        | {"--device": processor.type, "number of processes": team.size}
+        | quantisation.calibrated(),
+        {"--dtype": dtype, "--trace": trace, "--logits": logits} | quantisation.stored(),
     )
     done = [output for output in outputs if job.did(output)]
     if len(done) == len(outputs) and not restart:
@@ -158,7 +162,6 @@ def convert(
     if team.rank == 0:
         sizes = writing.write(checkpoint, learned, report)
         job.work(outputs[0], False, Team(alone=True)).clear()
-    team.wait()
     return Conversion(learned, sizes, time.monotonic() - start)
 
 
@@ -176,7 +179,9 @@ def _calibrate(
     kept = work.folder / "calibrated.safetensors" if work.folder else None
     if kept and team.agree(kept.is_file()):
         report.note("The calibration was finished before; only the outputs were not.")
-        return Routing.load(kept)
+        routing = Routing.load(kept)
+        routing.metadata["job_sha256"] = job.sha256  # how it is written may have changed
+        return routing
     if work.begun:
         report.note(f"Going on with the interrupted run in {work.folder}.")
     report.note(estimate(checkpoint, blocks, options, device, team.size).sentence())
@@ -204,9 +209,26 @@ def _reuse(path: Path, checkpoint: Checkpoint, sparsity: float | None) -> Routin
             f"{checkpoint.name}: name the model it was made for, or calibrate again"
         )
     if sparsity is not None:
-        routing.curve.at(sparsity)
-        routing.metadata["sparsity"] = sparsity
+        threshold = routing.curve.at(sparsity)
+        routing.metadata |= {"sparsity": sparsity, "threshold": threshold if sparsity else None}
     return routing
+
+
+def _check_ignored(routing: Path, given: dict[str, Any]) -> None:
+    """Raises UserError where something is asked of a calibration that the routing file takes the place of."""
+    defaults = inspect.signature(convert).parameters
+    names = ("calibration", "text_field", "tokens", "block_size", *(field.name for field in fields(Options)))
+    ignored = [
+        f"--{name.replace('_', '-')}"
+        for name in names
+        if name != "sparsity" and _plain(given[name]) != _plain(defaults[name].default)
+    ]
+    if ignored:
+        raise UserError(f"{', '.join(ignored)}: of a calibration, whose place --routing {routing} takes: leave it out")
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
 def _device(name: str) -> torch.device:

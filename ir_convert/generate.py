@@ -38,8 +38,6 @@ def generate(
         raise UserError(f"artifact '{artifact}' does not exist: name an .onnx file or a checkpoint folder")
     if not prompt:
         raise UserError("the prompt is empty: give some text to continue")
-    if sparsity is not None and not 0 <= sparsity < 1:
-        raise UserError(f"sparsity {sparsity:g} is not in [0, 1): it is the share of FLOPs to save, e.g. 0.4")
     if artifact.is_dir() and not any(artifact.glob("*.onnx")):
         return _hugging_face(artifact, prompt, max_new_tokens, sparsity, temperature, seed)
     return _onnx(artifact, prompt, max_new_tokens, sparsity, temperature, seed)

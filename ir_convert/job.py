@@ -16,13 +16,19 @@ JOB = "job.json"
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that decides what a calibration gives, by the names that the user knows: model, data, options."""
+    """Everything that decides what comes out, by the names that the user knows.
+
+    Attributes:
+        values: what decides what the calibration gives: model, data, options.
+        writing: what decides how that is written; an interrupted run goes on where only this has changed.
+    """
 
     values: dict[str, Any]
+    writing: dict[str, Any]
 
     @property
     def sha256(self) -> str:
-        return hashlib.sha256(json.dumps(self.values, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.values | self.writing, sort_keys=True).encode()).hexdigest()
 
     def did(self, output: Output) -> bool:
         """Tells whether an output stands there whole and was made by this very job."""

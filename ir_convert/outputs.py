@@ -27,9 +27,10 @@ class Output:
     @classmethod
     def parse(cls, path: Path, target: str = "hf") -> "Output":
         """Tells the kind from the name: ``*.onnx``, ``*.safetensors``, else a folder, whose kind is ``target``."""
-        if path.suffix in FOREIGN:
+        suffix = path.suffix.lower()
+        if suffix in FOREIGN:
             raise UserError(f"output '{path}' is of no known kind: name a .onnx file, a .safetensors file or a folder")
-        return cls(path, {".onnx": "onnx", ".safetensors": "routing"}.get(path.suffix, target))
+        return cls(path, {".onnx": "onnx", ".safetensors": "routing"}.get(suffix, target))
 
     @property
     def is_folder(self) -> bool:
@@ -86,7 +87,8 @@ class Output:
                 partial.rename(self.path)
                 shutil.rmtree(replaced, ignore_errors=True)
             else:
-                # The file that the user named comes last: where it is, the others are.
+                # The file that the user named goes first and comes last: where it is, the others are, and of its kind.
+                self.path.unlink(missing_ok=True)
                 for file in sorted(partial.iterdir(), key=lambda file: file.name == self.path.name):
                     file.replace(self.path.parent / file.name)
         except OSError as error:
@@ -103,7 +105,7 @@ def check_outputs(
 
     Raises:
         UserError: something exists and ``overwrite`` is not set, two outputs collide, an output lies in the base model's
-            folder, a folder to overwrite is not a checkpoint, or the disk is too full.
+            folder, a folder to overwrite was not written by ir-convert, or the disk is too full.
     """
     taken: dict[Path, Path] = {}
     for output in outputs:
@@ -116,18 +118,18 @@ def check_outputs(
             if file.exists() and not overwrite:
                 raise UserError(f"{file} exists: name another output, or give --overwrite")
         if output.is_folder and output.path.exists() and not _replaceable(output):
-            kind = "a checkpoint folder" if output.kind == "hf" else "a Triton model of version 1 alone"
+            kind = "a checkpoint that ir-convert wrote" if output.kind == "hf" else "a Triton model of version 1 alone"
             raise UserError(f"{output.path} is not {kind}; it is not overwritten: name another output")
     _check_space(outputs, bytes_needed)
 
 
 def _replaceable(output: Output) -> bool:
-    """Tells whether a folder is what it will be replaced with, or empty."""
+    """Tells whether a folder is of the kind that it will be replaced with, or empty."""
     if not output.path.is_dir():
         return False
     names = {path.name for path in output.path.iterdir()}
     if output.kind == "hf":
-        return not names or "config.json" in names
+        return not names or {"config.json", output.routing_file.name} <= names
     return names in (set(), {"config.pbtxt", "1"})  # another version is not ours to remove
 
 
@@ -137,6 +139,8 @@ def _check_place(output: Output, model: Path) -> None:
         raise UserError(
             f"output '{output.path}' and the base model's folder {model} lie in each other: name another place"
         )
+    if output.is_folder and path in (Path.cwd(), *Path.cwd().parents):
+        raise UserError(f"output '{output.path}' is the folder you are in, or around it: name a new one")
     if not output.is_folder and path.is_dir():
         raise UserError(f"output '{output.path}' is a folder, a file was expected")
 

@@ -64,10 +64,14 @@ class Quantisation:
         """How ONNX files are quantised."""
         return self.setting if self.int4 else None
 
-    def values(self) -> dict[str, Any]:
-        """Returns the flags by their names, for the job."""
-        method = self.setting.method if self.int4 or self.calibrate else None
-        return {"--int4": self.int4, "--int4-method": method, "--calibrate-quantised": self.calibrate}
+    def calibrated(self) -> dict[str, Any]:
+        """Returns what the calibration sees of the flags, by their names."""
+        method = {"--int4-method": self.setting.method} if self.calibrate else {}
+        return {"--calibrate-quantised": self.calibrate} | method
+
+    def stored(self) -> dict[str, Any]:
+        """Returns what the files see of them."""
+        return {"--int4": self.int4} | ({"--int4-method": self.setting.method} if self.int4 else {})
 
     def view(self, checkpoint: Checkpoint, folder: Path | None) -> Checkpoint:
         """Returns what the calibration runs on; quantised weights are kept in a part of its work folder."""

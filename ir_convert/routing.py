@@ -37,9 +37,11 @@ class Curve:
         """Returns the threshold that saves ``sparsity`` of the FLOPs; -inf (the dense model) for 0.
 
         Raises:
-            UserError: no threshold saves that much.
+            UserError: it is no share, or no threshold saves that much.
         """
-        if sparsity <= 0:
+        if not 0 <= sparsity < 1:
+            raise UserError(f"sparsity {sparsity:g} is not in [0, 1): it is the share of FLOPs to save, e.g. 0.4")
+        if sparsity == 0:
             return -math.inf
         if sparsity > self.sparsity[-1] + 1e-9:
             raise UserError(f"sparsity {sparsity:g} is out of reach; this routing reaches {self.sparsity[-1]:.3f}")

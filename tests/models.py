@@ -139,7 +139,7 @@ def random_routing(
     threshold = [-3.0 + 6.0 * step / 8 for step in range(1, 9)]
     metadata = {
         "sparsity": 0.4,
-        "base_model": checkpoint.name,
+        "base_model": checkpoint.public_name,
         "weights_sha256": checkpoint.weights_sha256,
         "kv_cache": kv_cache,
     }

@@ -134,15 +134,43 @@ def test_routing_file_tells_where_it_comes_from(converted):
 
 def test_one_calibration_serves_every_target(run, converted, tmp_path):
     """An earlier routing file, another sparsity: no calibration, the same units, the dial moved."""
-    code, _, err = run(
-        *(converted.checkpoint.path, "--routing", converted.folder / "ir-tiny.safetensors"),
-        *("--sparsity", "0.5", "--out", tmp_path / "again.onnx", "--out", tmp_path / "r.safetensors"),
+    code, out, err = run(
+        *(converted.checkpoint.path, "--routing", converted.folder / "ir-tiny.safetensors", "--sparsity", "0.5"),
+        *("--out", tmp_path / "again.onnx", "--out", tmp_path / "r.safetensors", "--out", tmp_path / "hf"),
     )
     assert code == 0, err
     again = Routing.load(tmp_path / "r.safetensors")
     assert again.sparsity == 0.5
-    assert again.threshold == converted.routing.curve.at(0.5)
+    assert again.threshold == again.metadata["threshold"] == converted.routing.curve.at(0.5)
     assert (tmp_path / "again.onnx.data").is_file()
+    # What was measured at the setting before says so.
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "set to 25.0%" in out
+    assert "set to 50.0% now, which has not been measured" in out
+    assert "Asked for: 50.0%" in card
+    assert "| on held-out text, set to 25.0% | dense | routed |" in card
+    assert str(converted.checkpoint.path.parent) not in out + card + json.dumps(again.metadata)
+
+
+def test_what_routing_takes_the_place_of_is_refused(run, converted, tmp_path):
+    command = [
+        converted.checkpoint.path,
+        "--routing",
+        converted.folder / "ir-tiny.safetensors",
+        "--out",
+        tmp_path / "o",
+    ]
+    for options, named in (
+        (["--kv-cache", "strict", "--polish", 50], "--kv-cache, --polish"),
+        (["--calibration", "x.txt", "--lora"], "--calibration, --lora"),
+        (["--units", "mlp", "--tokens", 99], "--tokens, --units"),
+        (["--sparsity", -0.5], "sparsity -0.5 is not in"),
+    ):
+        code, _, err = run(*command, *options)
+        assert code == 2
+        assert named in err
+        assert err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_triton(run, converted, tmp_path):

@@ -15,7 +15,9 @@ from trained import TINY
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ir_convert.checkpoint import TOKENIZER_FILES
+from ir_convert.errors import UserError
 from ir_convert.routing import Routing
+from ir_convert.writing import Writing
 
 OPTIONS = ["--tokens", "3072", "--block-size", "64", "--rank", "4", "--router-width", "4", "--sparsity", "0.3"]
 TIMES = ("fit_seconds", "calibration_seconds", "peak_memory_bytes")
@@ -113,6 +115,25 @@ def test_finished_is_not_repeated(model, unbroken, run):  # noqa: F811
     code, _, err = run(model, *OPTIONS, "--rank", 3, "--out", unbroken)
     assert code == 2
     assert "exists" in err
+
+
+def test_a_finished_calibration_is_written_another_way(model, tmp_path, run, monkeypatch):  # noqa: F811
+    """What decides how files are written may change after the calibration: writing may have failed for it."""
+    out, write = tmp_path / "m.onnx", Writing.write
+
+    def refuse(*_):
+        raise UserError("it does not fit float16")
+
+    monkeypatch.setattr(Writing, "write", refuse)
+    assert run(model, *OPTIONS, "--out", out, "--dtype", "float16", "--trace")[0] == 2
+    monkeypatch.setattr(Writing, "write", write)
+    code, _, err = run(model, *OPTIONS, "--out", out, "--logits", "last")
+    assert code == 0, err
+    assert "calibration was finished before" in err
+    assert "Calibration will take" not in err
+    assert "Already done" in run(model, *OPTIONS, "--out", out, "--logits", "last")[2]
+    assert "exists" in run(model, *OPTIONS, "--out", out)[2]
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_estimate_is_printed_first(model, tmp_path, run):  # noqa: F811

@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,14 @@ def check(checkpoint, *paths, overwrite=False, size=1000):
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("a.onnx", "onnx"), ("b.safetensors", "routing"), ("c", "hf"), ("Llama-3.2-ir", "hf"), ("d/", "hf")],
+    [
+        ("a.onnx", "onnx"),
+        ("b.safetensors", "routing"),
+        ("M.ONNX", "onnx"),
+        ("c", "hf"),
+        ("Llama-3.2-ir", "hf"),
+        ("d/", "hf"),
+    ],
 )
 def test_kind_by_name(name, kind):
     assert Output.parse(Path(name)).kind == kind
@@ -59,11 +67,20 @@ def test_existing_folder(checkpoint, tmp_path):
     with pytest.raises(UserError, match="exists"):
         check(checkpoint, folder)
     check(checkpoint, folder, overwrite=True)
-    (folder / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match="is not a checkpoint folder; it is not overwritten"):
-        check(checkpoint, folder, overwrite=True)
-    (folder / "config.json").write_text("{}")
+    for kept in ("thesis.txt", "config.json"):  # another model's checkpoint is not ours to remove
+        (folder / kept).write_text("{}")
+        with pytest.raises(UserError, match="is not a checkpoint that ir-convert wrote; it is not overwritten"):
+            check(checkpoint, folder, overwrite=True)
+    (folder / "routing.safetensors").write_text("")
     check(checkpoint, folder, overwrite=True)
+
+
+@pytest.mark.parametrize("place", [".", "..", "inside/.."])
+def test_where_the_user_stands_is_not_replaced(place, checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "here" / "inside").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UserError, match=f"output '{place}' is the folder you are in"):
+        check(checkpoint, place, overwrite=True)
 
 
 def test_existing_triton_model(checkpoint, tmp_path):
@@ -112,6 +129,33 @@ def test_write_moves_everything_into_place(tmp_path):
     (tmp_path / ".m.onnx.partial" / "left over").write_text("")
     assert Output.parse(tmp_path / "m.onnx").write(fill) == 7
     assert sorted(os.listdir(tmp_path)) == ["config.json", "m.onnx"]
+
+
+def test_killed_while_moving_no_old_model_has_new_data(tmp_path, monkeypatch):
+    output = Output.parse(tmp_path / "m.onnx")
+    names = ("m.onnx", "m.onnx.data", "m.routing.safetensors")
+
+    def fill(text: str, folder: Path) -> None:
+        for name in names:
+            (folder / name).write_text(text)
+
+    output.write(partial(fill, "old"))
+    replace, moved = Path.replace, []
+
+    def killed_at(count: int, file: Path, target: Path) -> None:
+        if len(moved) == count:
+            raise KeyboardInterrupt
+        moved.append(replace(file, target))
+
+    for count in range(3):
+        moved.clear()
+        monkeypatch.setattr(Path, "replace", lambda file, target, count=count: killed_at(count, file, target))
+        with pytest.raises(KeyboardInterrupt):
+            output.write(partial(fill, "new"))
+        assert not (tmp_path / "m.onnx").exists()
+    monkeypatch.setattr(Path, "replace", replace)
+    output.write(partial(fill, "new"))
+    assert {(tmp_path / name).read_text() for name in names} == {"new"}
 
 
 @pytest.mark.parametrize(("name", "target"), [("m.onnx", "hf"), ("folder", "hf"), ("folder", "triton")])

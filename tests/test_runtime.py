@@ -101,7 +101,8 @@ def test_sampling(model, prompt):
 
     assert sample(seed=1) == sample(seed=1) != sample(seed=2)
     greedy = generate(model, prompt, tokens=12)[0].tolist()
-    assert sample(seed=1, top_k=1) == sample(seed=1, top_p=1e-9) == greedy
+    assert sample(seed=1, top_k=1) == sample(seed=1, top_p=1e-9) == sample(seed=1, top_p=0) == greedy
+    assert generate(model, prompt, tokens=12, temperature=1e-38, seed=1)[0].tolist() == greedy
     likeliest = set(np.argsort(-model.logits(prompt)[0, -1])[:3].tolist())
     drawn = {generate(model, prompt, tokens=1, temperature=3.0, top_k=3, seed=seed)[0, 0].item() for seed in range(30)}
     assert drawn == likeliest
@@ -113,6 +114,9 @@ def test_sparsity(base, model):
     assert model.threshold == -math.inf
     with pytest.raises(UserError, match="out of reach"):
         model.set_sparsity(0.99)
+    for sparsity in (-1, math.nan):
+        with pytest.raises(UserError, match="not in"):
+            model.set_sparsity(sparsity)
     assert OnnxModel.load(base[1] / "ir-tiny.onnx", sparsity=0.2).threshold == pytest.approx(model.curve.at(0.2))
     assert OnnxModel.load(base[1], threshold=1.5).threshold == 1.5
     assert model.eos_ids == {2}
@@ -175,6 +179,9 @@ def test_errors_say_what_to_do(base, model, tmp_path, prompt):
         OnnxModel.load(tmp_path)
     with pytest.raises(UserError, match="padded on the left"):
         next(model.generate(prompt, np.array([[1] * 8 + [0]])))
+    for nothing in (np.zeros((1, 0)), np.zeros((0, 3))):
+        with pytest.raises(UserError, match="prompts of at least one token"):
+            next(model.generate(nothing))
 
     lone = shutil.copyfile(base[1] / "ir-tiny.onnx", tmp_path / "ir-tiny.onnx")
     with pytest.raises(UserError, match=r"needs its weights 'ir-tiny.onnx.data' beside it"):

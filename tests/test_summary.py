@@ -7,6 +7,7 @@ import pytest
 from ir_convert.convert import Conversion
 from ir_convert.export.onnx import ops
 from ir_convert.report import written
+from ir_convert.routing import Curve, Routing
 
 HINT = f"ONNX files run faster with native kernels, which are not built yet: {ops.BUILD}"
 
@@ -28,5 +29,6 @@ def test_native_kernels_that_are_not_built_are_named(name, built, named, hint, t
         library.touch()
     if named is not None:
         monkeypatch.setenv(ops.VARIABLE, named)
-    lines = written(Conversion(None, {Path(name): 2_500_000}, 61.2))
+    routing = Routing({}, Curve([0.0], [0.0]), {"sparsity": 0.4, "test": {"asked": 0.4}})
+    lines = written(Conversion(routing, {Path(name): 2_500_000}, 61.2))
     assert lines == [f"wrote {name}  2.5 MB", "time 61 s", *([HINT] if hint else [])]

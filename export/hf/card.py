@@ -1,8 +1,5 @@
 """The model card: what the checkpoint is, how to load it, what it saves."""
 
-import re
-from pathlib import Path
-
 from ir_convert.checkpoint import Checkpoint
 from ir_convert.decoder import attention_kernel
 from ir_convert.routing import Routing
@@ -10,7 +7,7 @@ from ir_convert.routing import Routing
 
 def model_card(checkpoint: Checkpoint, routing: Routing) -> str:
     """Returns the README.md of a checkpoint. The license is the base model's and left to its author."""
-    base = hub_id(checkpoint.name)
+    base = checkpoint.hub_id
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -49,11 +46,6 @@ Measured on held-out text at calibration. `routing.safetensors` holds the calibr
 """
 
 
-def hub_id(name: str) -> str | None:
-    """Returns the name where it is a Hub id; a local folder is nobody else's business."""
-    return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists() else None
-
-
 def _kernels(checkpoint: Checkpoint) -> str:
     return " or ".join(f"`{name}`" for name in dict.fromkeys([attention_kernel(checkpoint.config), "eager"]))
 
@@ -62,7 +54,7 @@ def _figures(routing: Routing) -> str:
     """Returns what the calibration measured on held-out text, or nothing if it did not."""
     if not (test := routing.metadata.get("test")):
         return ""
-    return f"""| on held-out text | dense | routed |
+    return f"""| on held-out text{_set_to(routing)} | dense | routed |
 |---|---|---|
 | perplexity (per token) | {test["perplexity_dense"]:.2f} | {test["perplexity"]:.2f} |
 | KL from dense (nats) | | {test["kl"]:.3f} |
@@ -71,6 +63,12 @@ def _figures(routing: Routing) -> str:
 | decisions approximated | | {test["decisions"]:.1%} |
 
 """
+
+
+def _set_to(routing: Routing) -> str:
+    """A dial that was moved after the calibration has not been measured again."""
+    asked = routing.metadata["test"]["asked"]
+    return f", set to {asked:.1%}" if asked != routing.sparsity else ""
 
 
 def _curve(routing: Routing) -> str:

@@ -17,6 +17,7 @@ from ir_convert.rope import all_rope_parameters
 from ir_convert.routing import Routing
 from ir_convert.units import RoutedUnit
 
+from ..finite import require_finite
 from .card import model_card
 from .configuration_ir import rope_of_version_4
 from .loader import MODELS
@@ -176,7 +177,7 @@ def _write_shards(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path, sha
         if pending and size + tensor.nbytes > shard_bytes:
             flush()
             size = 0
-        pending[name] = tensor
+        pending[name] = require_finite(name, tensor)
         size += tensor.nbytes
         total += tensor.nbytes
     flush()

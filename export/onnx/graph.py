@@ -63,9 +63,10 @@ def decoder(
     Inputs, B sequences of S new tokens: int64 input_ids ``[B, S]``, attention_mask ``[B, T]`` for these and the T - S before
     them, position_ids ``[B, S]``; past_key_values.N.key and .value ``[B, K, P, D]``, P = T - S, or P >= T: then they are
     buffers with room, to bind as present too; optional routing_threshold fp32 ``[1]``.
-    Outputs: logits ``[B, S, vocab]``, or ``[B, 1, vocab]`` of each sequence's last real token with ``last`` logits; present.N.key and .value ``[B, K, max(P, T), D]``; routing_saved fp32 ``[1]``: the share
-    of the FLOPs that routing saved on this call's real tokens, as ``Budget.sparsity`` counts it. With ``traced``, executed
-    bool ``[layers, 2, B, S]``: which tokens each layer's attention and MLP executed.
+    Outputs: logits ``[B, S, vocab]``, or ``[B, 1, vocab]`` of each sequence's last real token with ``last`` logits, in fp32
+    where ``dtype`` is bfloat16, which numpy has not; present.N.key and .value ``[B, K, max(P, T), D]``; routing_saved fp32
+    ``[1]``: the share of the FLOPs that routing saved on this call's real tokens, as ``Budget.sparsity`` counts it. With
+    ``traced``, executed bool ``[layers, 2, B, S]``: which tokens each layer's attention and MLP executed.
 
     Padding, left or right, is what attention_mask says it is; padding tokens are never executed.
 
@@ -147,7 +148,9 @@ class _Decoder:
         x = last_tokens(op, x, new) if self.last else x
         logits = self._capped(self._head(self._norm(x, family.final_norm), embedding))
 
-        self._output(logits, "logits", ["batch", 1 if self.last else "sequence", vocabulary])
+        readable = FLOAT if self.ir_dtype == ir.DataType.BFLOAT16 else self.ir_dtype
+        logits = logits if readable == self.ir_dtype else op.Cast(logits, to=readable)
+        self._output(logits, "logits", ["batch", 1 if self.last else "sequence", vocabulary], readable)
         for layer, present in enumerate(presents):
             for part, value in zip(("key", "value"), present, strict=True):
                 self._output(value, f"present.{layer}.{part}", self._cache_shape("present"))

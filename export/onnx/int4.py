@@ -22,7 +22,8 @@ from torch import Tensor
 from ir_convert.choices import INT4_METHODS
 from ir_convert.errors import UserError
 
-from .weights import is_finite, lazy_tensor
+from ..finite import is_finite
+from .weights import lazy_tensor
 
 CHUNK = 1 << 20  # weights that are quantised together: what the methods put beside them stays small, and in the cache
 SYMMETRIC_ZERO = 8

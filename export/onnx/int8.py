@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from ir_convert.errors import UserError
 
-from .weights import is_finite, lazy_tensor
+from ..finite import is_finite
+from .weights import lazy_tensor
 
 BLOCK, ZERO, LARGEST = 32, 128, 127
 CHUNK = 1 << 22  # weights that are quantised together

@@ -23,7 +23,7 @@ def metadata(checkpoint: Checkpoint, routing: Routing) -> dict[str, Any]:
 
     return {
         "version": ir_convert.__version__,
-        "base_model": routing.metadata.get("base_model", checkpoint.name),
+        "base_model": routing.metadata.get("base_model", checkpoint.public_name),
         "weights_sha256": routing.metadata.get("weights_sha256"),
         "family": checkpoint.config.model_type,
         "recipe": routing.metadata.get("recipe"),

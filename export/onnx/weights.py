@@ -1,6 +1,5 @@
 """Weights as lazy ONNX tensors: each is read, converted and written to the data file on its own, then let go."""
 
-import math
 from collections.abc import Callable
 
 import onnx_ir as ir
@@ -9,10 +8,7 @@ from onnx_ir.tensor_adapters import from_torch_dtype
 
 from ir_convert.errors import UserError
 
-
-def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether no value is infinite or NaN: its extremes tell, thirty times as fast as asking every element."""
-    return not tensor.numel() or all(math.isfinite(value) for value in torch.stack(torch.aminmax(tensor)).tolist())
+from ..finite import require_finite
 
 
 def lazy_tensor(
@@ -43,12 +39,7 @@ def lazy_tensor(
         # Transposed where numbers are narrower: it is memory that takes the time.
         wider = dtype.itemsize > tensor.dtype.itemsize
         stored = stored.contiguous().to(dtype) if wider else stored.to(dtype).contiguous()
-        if not is_finite(stored):
-            raise UserError(
-                f"tensor '{name}' holds values that are not finite in {str(dtype).removeprefix('torch.')}: "
-                "convert to float32, or check the checkpoint"
-            )
-        return ir.tensor(stored)
+        return ir.tensor(require_finite(name, stored))
 
     return ir.LazyTensor(
         load, dtype=from_torch_dtype(dtype), shape=ir.Shape(shape[::-1] if transpose else shape), name=name

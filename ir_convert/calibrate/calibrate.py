@@ -14,7 +14,6 @@ from ..checkpoint import Checkpoint
 from ..data import Blocks
 from ..errors import UserError
 from ..evaluate import Measured, Quality, measure
-from ..flops import Budget
 from ..progress import Reporter, Silent
 from ..routing import Curve, Routing
 from ..stream import Team, Work
@@ -62,7 +61,7 @@ def calibrate(
     measured = measure(decoder, fitted.units, blocks.test, [threshold], options.kv_cache, report, work, team)
     metadata = {
         "ir_convert_version": __version__,
-        "base_model": checkpoint.name,
+        "base_model": checkpoint.public_name,
         "weights_sha256": checkpoint.weights_sha256,
         "model_type": checkpoint.config.model_type,
         **options.as_dict(),
@@ -83,13 +82,11 @@ def calibrate(
 
 def check_reachable(checkpoint: Checkpoint, options: Options) -> None:
     """Raises UserError where not even approximating everything would save so much; ``options`` are settled ones."""
-    layers = range(checkpoint.config.num_hidden_layers)
-    shapes = {(layer, unit): options.shape for layer in layers for unit in options.units}
-    budget = Budget.of_shapes(checkpoint.config, shapes, options.kv_cache)
-    if options.sparsity > budget.reachable:
+    reachable = options.budget(checkpoint.config).reachable
+    if options.sparsity > reachable:
         raise UserError(
             f"sparsity {options.sparsity:g} is out of reach for this model: approximating every routed unit saves "
-            f"{budget.reachable:.3f} of the FLOPs (what always runs, forecasters and routers cost their share)"
+            f"{reachable:.3f} of the FLOPs (what always runs, forecasters and routers cost their share)"
         )
 
 

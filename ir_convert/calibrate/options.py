@@ -8,6 +8,7 @@ from transformers import PretrainedConfig
 from ..choices import KV_CACHES, RECIPES
 from ..errors import UserError
 from ..families import UNITS
+from ..flops import Budget
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,11 @@ class Options:
         if self.rank is None or self.router_width is None:
             raise ValueError("these options are not settled for a model yet")
         return self.rank, self.router_width
+
+    def budget(self, config: PretrainedConfig) -> Budget:
+        """Returns what a model of these settled options may save."""
+        shapes = {(layer, unit): self.shape for layer in range(config.num_hidden_layers) for unit in self.units}
+        return Budget.of_shapes(config, shapes, self.kv_cache)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"units": list(self.units)}

@@ -23,7 +23,7 @@ from .threshold import Meter
 # models want three times the published 1e-3, routers half of 2e-3 (docs/calibration.md).
 PUBLISHED_STEPS, MOST_RATE = 2000, 10.0
 FORECASTER_LR, ROUTER_LR, LORA_LR = 3e-3, 1e-3, 2e-4
-BATCH, LENGTH = 8, 256
+BATCH, LENGTH = 8, 256  # blocks over all processes, where they can share them evenly, of so many tokens
 POLISH_LR, POLISH_FORECASTER_LR, POLISH_TEMPERATURE = 2e-3, 1e-3, 0.5
 
 
@@ -38,24 +38,31 @@ def fit(
 ) -> Fitted:
     """Runs the recipe that settled ``options`` name, and the polish if they ask for one."""
     decoder = Decoder(checkpoint, device)
-    aim = _aim(options)
+    aim = _aim(checkpoint, options)
     meter = Meter(decoder, blocks.threshold, options.kv_cache, work, team, report)
     if options.recipe == "local":
         ids = with_foreign(blocks.fit, checkpoint.vocabulary, options.seed)
         fitted = fit_local(decoder, ids, replace(options, sparsity=aim), meter, work, team, report)
     else:
-        fitted = _end_to_end(checkpoint, blocks, options, aim, meter, work, report)
+        fitted = _end_to_end(checkpoint, blocks, options, aim, meter, work, team, report)
     if options.polish:
         fitted = polish(fitted, blocks, options, work, team, report)
     return fitted
 
 
 def _end_to_end(
-    checkpoint: Checkpoint, blocks: Blocks, options: Options, aim: float, meter: Meter, work: Work, report: Reporter
+    checkpoint: Checkpoint,
+    blocks: Blocks,
+    options: Options,
+    aim: float,
+    meter: Meter,
+    work: Work,
+    team: Team,
+    report: Reporter,
 ) -> Fitted:
     from .endtoend import Descent, cut, train_lora, train_paper, uniform_shapes
 
-    decoder, steps = meter.decoder, options.steps
+    decoder, steps, batch = meter.decoder, options.steps, _batch(team)
     rate = min(MOST_RATE, PUBLISHED_STEPS / steps)
     shapes = uniform_shapes(checkpoint.config, *options.shape, options.units)
     ids = cut(blocks.fit, LENGTH)
@@ -68,8 +75,8 @@ def _end_to_end(
             sparsity=aim,
             kv_cache=options.kv_cache,
             greedy=options.recipe == "greedy",
-            forecasters=Descent(steps, BATCH, FORECASTER_LR * rate, length=128),
-            routers=Descent(steps, BATCH, ROUTER_LR * rate),
+            forecasters=Descent(steps, batch, FORECASTER_LR * rate, length=128),
+            routers=Descent(steps, batch, ROUTER_LR * rate),
             seed=options.seed,
             device=decoder.device,
             report=report,
@@ -83,7 +90,7 @@ def _end_to_end(
         return Fitted(units, decoder, scores, (aim, near))
 
     def adapt() -> Result:
-        descent = Descent(steps, BATCH, LORA_LR * rate)
+        descent = Descent(steps, batch, LORA_LR * rate)
         lora, _ = train_lora(
             checkpoint,
             units,
@@ -108,7 +115,7 @@ def polish(fitted: Fitted, blocks: Blocks, options: Options, work: Work, team: T
     """Goes on from a recipe's result with ``options.polish`` end-to-end steps."""
     from .endtoend import Descent, cut, train_polish
 
-    aim = _aim(options)
+    aim = _aim(fitted.decoder.checkpoint, options)
     meter = Meter(fitted.decoder, blocks.threshold, options.kv_cache, work, team, report)
     # The recipe's threshold was measured before its last step; training holds the one it starts at.
     threshold = meter.near(fitted.units, fitted.scores, aim, "refitted")
@@ -123,7 +130,7 @@ def polish(fitted: Fitted, blocks: Blocks, options: Options, work: Work, team: T
             threshold=threshold,
             sparsity=aim,
             kv_cache=options.kv_cache,
-            descent=Descent(options.polish, BATCH, POLISH_LR, average=True),
+            descent=Descent(options.polish, _batch(team), POLISH_LR, average=True),
             forecaster_lr=POLISH_FORECASTER_LR,
             temperature=POLISH_TEMPERATURE,
             distil=True,
@@ -139,9 +146,14 @@ def polish(fitted: Fitted, blocks: Blocks, options: Options, work: Work, team: T
     return replace(fitted, units=units, scores=scores, near=(aim, near))
 
 
-def _aim(options: Options) -> float:
-    """The end-to-end stages want a sparsity to aim at; at 0 any will do."""
-    return options.sparsity or 0.25
+def _aim(checkpoint: Checkpoint, options: Options) -> float:
+    """Returns what to fit for: a sparsity of 0 leaves no forecast to fit, so any other within reach will do for it."""
+    return options.sparsity or min(0.25, options.budget(checkpoint.config).reachable / 2)
+
+
+def _batch(team: Team) -> int:
+    """Returns how many blocks an end-to-end step takes over all processes: as many for each."""
+    return -(-BATCH // team.size) * team.size
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import UserError
 from .draw import SourceText, fill, shares_of
 from .pieces import Reader
-from .sources import Source, open_sources
+from .sources import Source, local_path, open_sources
 
 BLOCK = 512
 LEAST_BLOCKS = 12
@@ -30,7 +30,7 @@ class Blocks:
         threshold: the sparsity -> threshold curve is measured on these (a quarter).
         test: the figures that are reported are measured on these (a quarter).
         sources: for each of the three, where its blocks come from: indices into ``names``, ``[count]`` (int64).
-        names: of the sources.
+        names: of the sources, without the folders that files lie in.
         asked: blocks that each source was to give by its weight; one with less text gave less, and the others more.
     """
 
@@ -106,9 +106,17 @@ def read_blocks(
     return Blocks(
         **{part: rows[mask] for part, mask in mine.items()},
         sources={part: origin[mask] for part, mask in mine.items()},
-        names=[reader.name for reader in readers],
+        names=_public_names([reader.name for reader in readers]),
         asked=asked,
     )
+
+
+def _public_names(names: Sequence[str]) -> list[str]:
+    """Returns what files that are passed on call the sources: where they lie is nobody else's business."""
+    last = [path.resolve().name if (path := local_path(name)) else name for name in names]
+    return [
+        f"{name} ({last[:place].count(name) + 1})" if name in last[:place] else name for place, name in enumerate(last)
+    ]
 
 
 def _parting(count: int) -> list[str]:

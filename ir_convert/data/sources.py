@@ -42,7 +42,7 @@ class Source:
             weight = float(tail) if equals else None
         except ValueError:
             weight = None
-        if weight is None or _local(text):
+        if weight is None or local_path(text):
             location, weight = text, 1.0
         if not location.strip():
             raise UserError(f"calibration source '{text}' names no text: give a file, a folder or a data set")
@@ -59,7 +59,7 @@ def open_sources(sources: Sequence[Source], field: str) -> list[Reader]:
     """
     if not sources:
         return [Files("Python's documentation topics", [Builtin("\n\n".join(topics.values()))])]
-    _refuse_overlap([(source.location, _local(source.location)) for source in sources])
+    _refuse_overlap([(source.location, local_path(source.location)) for source in sources])
     readers = [_open(source.location, field) for source in sources]
     # Two spellings of one data set show once it is open.
     _refuse_overlap([(reader.name, None) for reader in readers])
@@ -78,16 +78,16 @@ def _refuse_overlap(places: Sequence[tuple[str, Path | None]]) -> None:
 
 
 def _open(location: str, field: str) -> Reader:
-    if path := _local(location):
+    if path := local_path(location):
         return open_path(path, location, field)
     name, colon, more = location.partition(":")
-    in_folder = colon and "/" not in more and _local(name)
+    in_folder = colon and "/" not in more and local_path(name)
     if not in_folder and (not DATA_SET.fullmatch(location) or SUFFIX.search(name)):
         raise UserError(f"calibration text {location} does not exist")
     return open_dataset(location, field)
 
 
-def _local(location: str) -> Path | None:
+def local_path(location: str) -> Path | None:
     """Returns the file or folder at ``location``, if there is one."""
     try:
         path = Path(location).expanduser()

@@ -129,7 +129,7 @@ class OnnxModel:
         return frozenset()
 
     def set_sparsity(self, sparsity: float) -> None:
-        """Sets the share of FLOPs to save; 0 is the dense model."""
+        """Sets the share of FLOPs to save; 0 is the dense model. Raises UserError where that is out of reach."""
         self.threshold = self.curve.at(sparsity)
 
     @contextmanager
@@ -139,6 +139,9 @@ class OnnxModel:
         Args:
             sparsity: the share of FLOPs to save.
             **gain: how far the threshold moves for each unit of sparsity missed over 256 tokens; 2.0 by default.
+
+        Raises:
+            UserError: the sparsity is out of reach.
         """
         from ..export.hf.control_ir import SparsityControl  # its package imports the models of transformers
 
@@ -177,7 +180,12 @@ class OnnxModel:
 
         Returns:
             Logits ``[B, S, vocab]``, and the keys and values of all P + S tokens.
+
+        Raises:
+            UserError: keys and values are bfloat16, for which numpy has no type.
         """
+        if self._past_inputs[0].type not in NUMPY:
+            raise UserError(f"keys and values of {self.path} are bfloat16, which numpy has not: use generate()")
         batch, length = np.shape(input_ids)
         past = past or self._empty_cache(batch)
         if attention_mask is None:
@@ -238,6 +246,8 @@ class OnnxModel:
         """
         tokens = np.asarray(input_ids, np.int64)
         mask = np.ones_like(tokens) if attention_mask is None else np.asarray(attention_mask, np.int64)
+        if not tokens.size:
+            raise UserError(f"generate() wants prompts of at least one token, got shape {list(tokens.shape)}")
         if not mask[:, -1].all():
             raise UserError("generate() wants prompts padded on the left, so that every prompt's last token comes last")
         ends = np.array(sorted(self.eos_ids if eos_ids is None else eos_ids), np.int64)

@@ -11,11 +11,12 @@ def choose(
     if temperature == 0:
         return logits.argmax(axis=-1)
     order = np.argsort(-logits, axis=-1, kind="stable")[:, :top_k]
-    scaled = np.take_along_axis(logits, order, axis=-1) / temperature
-    p = np.exp(scaled - scaled[:, :1], dtype=np.float64)
+    ordered = np.take_along_axis(logits, order, axis=-1).astype(np.float64)
+    p = np.exp((ordered - ordered[:, :1]) / temperature)
     p /= p.sum(axis=-1, keepdims=True)
     if top_p is not None:
-        p[np.cumsum(p, axis=-1) - p >= top_p] = 0  # keeps the token that crosses the line
+        beyond = np.cumsum(p, axis=-1) - p >= top_p  # keeps the token that crosses the line, and the first in any case
+        p[:, 1:][beyond[:, 1:]] = 0
         p /= p.sum(axis=-1, keepdims=True)
     draws = generator.random((len(p), 1))
     picked = np.minimum((np.cumsum(p, axis=-1) <= draws).sum(axis=-1), (p > 0).sum(axis=-1) - 1)

@@ -14,6 +14,8 @@ from .library import NAME, SOURCES, location
 CONTEXT = 4  # lines of a failed build that its error shows
 HEADERS = "IR_ORT_HEADERS"  # names a folder of ONNX Runtime's own headers: holds the binding of its C API against them
 
+STRICT = "IR_STRICT"  # makes warnings errors
+
 
 def build(out: Path | None = None, cuda: str = "auto", sanitize: bool = False) -> Path:
     """Builds the library, and puts it in place when it is whole.
@@ -35,6 +37,7 @@ def build(out: Path | None = None, cuda: str = "auto", sanitize: bool = False) -
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="ir-ops-") as folder:
         options = [f"-DIR_CUDA={cuda.upper()}", f"-DIR_SANITIZE={'ON' if sanitize else 'OFF'}"]
+        options.append(f"-D{STRICT}={'ON' if os.environ.get(STRICT) else 'OFF'}")
         if headers := os.environ.get(HEADERS):
             if not (Path(headers) / "onnxruntime_c_api.h").is_file():
                 raise UserError(f"{HEADERS} names '{headers}', where there is no onnxruntime_c_api.h")

@@ -105,8 +105,8 @@ def descend(
                 values.append(figure)
             if not math.isfinite(figures[0]):
                 raise UserError(
-                    f"{stage}: the loss is {figures[0]} at step {step + 1} of {descent.steps}: "
-                    "lower the learning rate, or use --dtype float32"
+                    f"{stage}: the loss is {figures[0]} at step {step + 1} of {descent.steps}: it diverged; other text or "
+                    "more steps may help, and --recipe local without --polish needs no such training"
                 )
             workers.average_gradients(parameters)
             if descent.clip_norm is not None:

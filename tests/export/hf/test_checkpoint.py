@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -101,6 +102,16 @@ def test_half_precision(exported, tmp_path, dtype):
     model.save_pretrained(tmp_path / "again")
     again = load(tmp_path / "again").model.layers[1].mlp.router
     assert again.score.weight.equal(router.score.weight)
+
+
+def test_what_half_precision_cannot_hold_is_said(llama, tmp_path):
+    _, checkpoint, routing = llama
+    name = "model.layers.1.self_attn.q_proj.weight"
+    rows, columns = checkpoint.read(name).shape
+    huge = replace(routing, lora={name: (torch.full((1, columns), 1e4), torch.full((rows, 1), 1e4))})
+    export(checkpoint, huge, tmp_path / "fine", dtype=torch.float32)
+    with pytest.raises(UserError, match=f"'{name}' holds values that are not finite in float16: convert to float32"):
+        export(checkpoint, huge, tmp_path / "ir", dtype=torch.float16)
 
 
 @torch.no_grad()

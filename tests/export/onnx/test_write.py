@@ -64,7 +64,7 @@ def test_folder(exported, random_model):
 
     said = model.metadata
     assert said["version"] == ir_convert.__version__
-    assert said["base_model"] == checkpoint.name
+    assert said["base_model"] == checkpoint.public_name
     assert said["sparsity_curve"] == {"sparsity": routing.curve.sparsity, "threshold": routing.curve.threshold}
     assert (said["sparsity"], said["threshold"], said["kv_cache"]) == (0.4, routing.threshold, "full")
     assert said["rank"] == {unit: [5, 5, 5] for unit in UNITS}
