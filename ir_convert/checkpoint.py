@@ -18,8 +18,9 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from . import experts, rope
-from .errors import UserError
-from .families import UNITS, Family, experts_of, family_of, packed_rows, projection_sizes
+from .errors import UserError, one_line
+from .families import UNITS, Family, family_of, projection_sizes
+from .integrity import require_whole
 from .supported import require_supported
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -83,13 +84,13 @@ class Checkpoint:
         path = Path(model) if Path(model).is_dir() else _download(model)
         try:
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # what transformers and its validators raise shares no base class
             raise UserError(_why_no_config(path, error)) from error
         rope.read_as_version_5(config)
         experts.read_as_version_5(config)
         require_supported(config)
         checkpoint = cls(model, path, config, _shards(path))
-        checkpoint._check_weights()
+        require_whole(path, config, checkpoint.shards)
         return checkpoint
 
     @property
@@ -112,7 +113,7 @@ class Checkpoint:
         try:
             return AutoTokenizer.from_pretrained(self.path)
         except (OSError, ValueError, AttributeError) as error:  # transformers 4 lets an AttributeError through
-            raise UserError(f"{self.name} has no tokenizer that loads: {_one_line(error)}") from error
+            raise UserError(f"{self.name} has no tokenizer that loads: {one_line(error)}") from error
 
     @cached_property
     def vocabulary(self) -> torch.Tensor:
@@ -221,51 +222,13 @@ class Checkpoint:
         """The precision of the weights as stored (of one projection, which stands for all)."""
         return self.read(f"{self.family.layers}.0.{self.family.attention.module}.o_proj.weight").dtype
 
-    def _check_weights(self) -> None:
-        """Opens every shard's header: a truncated download shows now, not hours into a calibration."""
-        shapes: dict[str, list[int]] = {}
-        for shard in sorted(set(self.shards.values())):
-            try:
-                with safe_open(self.path / shard, "pt") as file:
-                    shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}
-            except (OSError, SafetensorError) as error:
-                raise UserError(f"{self.path / shard} is damaged: {_one_line(error)}; download it again") from error
-        if absent := sorted(set(self.shards) - set(shapes)):
-            raise UserError(f"{self.path} names tensors its files do not hold, first '{absent[0]}'; download it again")
-        family = self.family
-        for name, shape in self._shapes_by_config().items():
-            if shapes.get(name) != shape:
-                raise UserError(
-                    f"{self.path}: tensor '{name}' is {shapes.get(name, 'absent')}; config.json says {shape}"
-                )
-        if not {family.embedding, family.head} & set(shapes):
-            raise UserError(f"{self.path} has neither '{family.embedding}' nor '{family.head}'")
-
-    def _shapes_by_config(self) -> dict[str, list[int]]:
-        """Returns what some tensors must be if configuration and weights belong together: of the last layer, and the end."""
-        family, config = self.family, self.config
-        last, sizes = f"{family.layers}.{config.num_hidden_layers - 1}", projection_sizes(config)
-        shapes = {family.final_norm: [config.hidden_size]}
-        mixture, checked = experts_of(config), {"attention": "q_proj", "mlp": "up_proj"}
-        if mixture is not None:
-            del checked["mlp"]
-            inside = f"{last}.{family.mlp.module}"
-            shapes[f"{inside}.gate.weight"] = [mixture.count, config.hidden_size]
-            if f"{inside}.{family.mlp.experts}.{experts.PACKED}" not in self.shards:
-                name = f"{inside}.{family.mlp.experts}.{mixture.count - 1}.up_proj.weight"
-                shapes[name] = [mixture.width, config.hidden_size]
-        for unit, projection in checked.items():
-            tensor, rows = packed_rows(config, unit, projection)
-            within = (projection,) if rows is None else family.unit(unit).packed[tensor]
-            outputs = sum(sizes[name][1] for name in within)
-            shapes[f"{last}.{family.unit(unit).module}.{tensor}.weight"] = [outputs, sizes[projection][0]]
-        return shapes
-
 
 def _download(model: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+    if Path(model).is_file():
+        raise UserError(f"model '{model}' is a file: name the folder that it lies in")
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise UserError(
             f"model folder '{model}' does not exist: name a local folder or a Hub id such as Qwen/Qwen3-0.6B"
@@ -277,7 +240,7 @@ def _download(model: str) -> Path:
         )
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise UserError(
-            f"'{model}' is neither a local folder nor a model that can be fetched from the Hub: {_one_line(error)}"
+            f"'{model}' is neither a local folder nor a model that can be fetched from the Hub: {one_line(error)}"
         ) from error
 
 
@@ -286,7 +249,7 @@ def _shards(path: Path) -> dict[str, str]:
         try:
             shards = json.loads((path / INDEX).read_text("utf-8"))["weight_map"]
         except (ValueError, KeyError) as error:
-            raise UserError(f"{path / INDEX} is damaged: {_one_line(error)}") from error
+            raise UserError(f"{path / INDEX} is damaged: {one_line(error)}") from error
         for shard in set(shards.values()):
             if os.path.basename(shard) != shard or shard in ("", ".", ".."):
                 raise UserError(f"{path / INDEX} names a file outside its folder: '{shard}'")
@@ -298,7 +261,7 @@ def _shards(path: Path) -> dict[str, str]:
             with safe_open(path / SINGLE, "pt") as file:
                 return dict.fromkeys(file.keys(), SINGLE)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{path / SINGLE} is damaged: {_one_line(error)}; download it again") from error
+            raise UserError(f"{path / SINGLE} is damaged: {one_line(error)}; download it again") from error
     raise UserError(
         f"{path} has no '{SINGLE}' or '{INDEX}'; other weight formats are not read "
         "(save_pretrained of a recent transformers writes safetensors)"
@@ -313,10 +276,6 @@ def _why_no_config(path: Path, error: Exception) -> str:
         content = json.loads(config.read_text("utf-8"))
     except ValueError:
         return f"{config} is not valid JSON"
-    if "auto_map" in content:
+    if isinstance(content, dict) and "auto_map" in content:
         return f"{path} needs code of its own (auto_map) to load; such models are not converted"
-    return f"{config} cannot be read: {_one_line(error)}"
-
-
-def _one_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0]
+    return f"{config} cannot be read: {one_line(error)}"

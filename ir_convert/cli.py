@@ -11,6 +11,7 @@ from .choices import INT4_METHODS, KV_CACHES, LOGITS, RECIPES, TARGETS
 from .errors import UserError
 
 FILE = click.Path(path_type=Path)
+SEED = click.IntRange(0, 2**32 - 1)
 
 
 @click.command("ir-convert", epilog="Run what came out: ir-convert generate ARTIFACT PROMPT (--help for its options).")
@@ -73,7 +74,7 @@ FILE = click.Path(path_type=Path)
     show_default=True,
     help="strict: approximated tokens leave no keys and values.",
 )
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, ...")
 @click.option(
     "--dtype",
@@ -138,8 +139,8 @@ def convert(model: str, out: tuple[Path, ...], units: str, **options: object) ->
 @click.argument("prompt")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--sparsity", type=float, help="Share of FLOPs to save, in [0, 1).  [default: the artifact's]")
-@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 for greedy decoding.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 for greedy decoding.")
+@click.option("--seed", type=SEED, default=0, show_default=True)
 def generate(artifact: Path, prompt: str, **options: object) -> None:
     """Continue PROMPT with ARTIFACT, an .onnx file or a checkpoint folder that ir-convert wrote."""
     from .generate import generate as stream

@@ -108,6 +108,9 @@ def convert(
     if logits not in LOGITS:
         raise UserError(f"--logits '{logits}' is not known: give {' or '.join(LOGITS)}")
     outputs = _outputs(out, target)
+    if (trace or logits != "all") and not any(output.is_onnx for output in outputs):
+        flag = "--trace" if trace else f"--logits {logits}"
+        raise UserError(f"{flag} is of ONNX files, and no output is one: name a .onnx output, or leave it out")
     quantisation = Quantisation(int4, int4_method, calibrate_quantised)
     quantisation.check(outputs, routing)
     writing = Writing(outputs, dtype, quantisation, trace, logits, overwrite)
@@ -148,7 +151,7 @@ def convert(
         | quantisation.calibrated(),
         {"--dtype": dtype, "--trace": trace, "--logits": logits} | quantisation.stored(),
     )
-    done = [output for output in outputs if job.did(output)]
+    done = [output for output in outputs if job.did(output, checkpoint)]
     if len(done) == len(outputs) and not restart:
         report.note(f"Already done: {', '.join(str(output.path) for output in outputs)} came from this very command.")
         return Conversion(Routing.load(outputs[0].routing_file), {}, time.monotonic() - start)
@@ -224,7 +227,9 @@ def _check_ignored(routing: Path, given: dict[str, Any]) -> None:
         if name != "sparsity" and _plain(given[name]) != _plain(defaults[name].default)
     ]
     if ignored:
-        raise UserError(f"{', '.join(ignored)}: of a calibration, whose place --routing {routing} takes: leave it out")
+        raise UserError(
+            f"{', '.join(ignored)}: of a calibration, whose place --routing {routing} takes: leave them out"
+        )
 
 
 def _plain(value: Any) -> Any:
@@ -236,7 +241,7 @@ def _device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # "meta" has no values
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device '{name}' cannot be used here: try --device cpu") from error
     return device

@@ -3,3 +3,8 @@
 
 class UserError(Exception):
     """Says in one line what is wrong, which value, and what to do about it."""
+
+
+def one_line(error: Exception) -> str:
+    """Returns the first line of what an exception says, or its type."""
+    return (str(error) or type(error).__name__).strip().splitlines()[0]

@@ -1,5 +1,6 @@
 """Continues a prompt with either artifact."""
 
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from threading import Thread
@@ -9,7 +10,9 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerBase, TextIteratorStreamer
 
-from .errors import UserError
+from .errors import UserError, one_line
+
+LEAST_TEMPERATURE = 1e-3  # below it half precision overflows
 
 
 def generate(
@@ -32,12 +35,19 @@ def generate(
         seed: of sampling.
 
     Raises:
-        UserError: the artifact is missing or not one of ours, the prompt is empty, the sparsity is out of reach.
+        UserError: the artifact is missing or not one of ours, the prompt is empty, the sparsity is out of reach, or
+            the temperature is out of its range.
     """
     if not artifact.exists():
         raise UserError(f"artifact '{artifact}' does not exist: name an .onnx file or a checkpoint folder")
     if not prompt:
         raise UserError("the prompt is empty: give some text to continue")
+    if temperature and not LEAST_TEMPERATURE <= temperature < math.inf:
+        raise UserError(
+            f"temperature {temperature:g} is not in [{LEAST_TEMPERATURE:g}, inf): give 0 for greedy decoding"
+        )
+    if (artifact / "1" / "model.onnx").is_file():
+        artifact = artifact / "1"  # a model of Triton's repository
     if artifact.is_dir() and not any(artifact.glob("*.onnx")):
         return _hugging_face(artifact, prompt, max_new_tokens, sparsity, temperature, seed)
     return _onnx(artifact, prompt, max_new_tokens, sparsity, temperature, seed)
@@ -61,8 +71,13 @@ def _hugging_face(
 
     transformers.utils.logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = hf.load(folder).to(device).eval()
-    tokenizer = hf.load_tokenizer(folder, model)
+    try:
+        model = hf.load(folder).to(device).eval()
+        tokenizer = hf.load_tokenizer(folder, model)
+    except UserError:
+        raise
+    except Exception as error:  # a missing, damaged or foreign file, each with an exception of its own
+        raise UserError(f"the checkpoint in {folder} does not load: {one_line(error)}") from error
     if sparsity is not None:
         try:
             model.set_sparsity(sparsity)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .checkpoint import Checkpoint
 from .errors import UserError
 from .outputs import Output
 from .routing import Routing
@@ -30,9 +31,9 @@ class Job:
     def sha256(self) -> str:
         return hashlib.sha256(json.dumps(self.values | self.writing, sort_keys=True).encode()).hexdigest()
 
-    def did(self, output: Output) -> bool:
-        """Tells whether an output stands there whole and was made by this very job."""
-        if not output.path.exists() or not output.routing_file.is_file():
+    def did(self, output: Output, checkpoint: Checkpoint) -> bool:
+        """Tells whether an output stands there, none of its files missing, and was made by this very job."""
+        if not all(file.exists() for file in (output.routing_file, *output.needed(checkpoint))):
             return False
         try:
             return Routing.load(output.routing_file).metadata.get("job_sha256") == self.sha256

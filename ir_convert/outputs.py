@@ -1,14 +1,29 @@
 """Where results go: checked before any work, written whole or not at all."""
 
+import os
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checkpoint import TOKENIZER_FILES, Checkpoint
+from .checkpoint import INDEX, SINGLE, TOKENIZER_FILES, Checkpoint
 from .errors import UserError
 
-FOREIGN = {".gguf", ".bin", ".pt", ".pth", ".ckpt", ".mlmodel", ".engine", ".json"}
+FOREIGN = {
+    ".gguf",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".h5",
+    ".mlmodel",
+    ".tflite",
+    ".engine",
+    ".json",
+    ".jsonl",
+    ".txt",
+    ".zip",
+}
 
 
 @dataclass(frozen=True)
@@ -28,7 +43,7 @@ class Output:
     def parse(cls, path: Path, target: str = "hf") -> "Output":
         """Tells the kind from the name: ``*.onnx``, ``*.safetensors``, else a folder, whose kind is ``target``."""
         suffix = path.suffix.lower()
-        if suffix in FOREIGN:
+        if suffix in FOREIGN or path.name.lower() in (".onnx", ".safetensors"):
             raise UserError(f"output '{path}' is of no known kind: name a .onnx file, a .safetensors file or a folder")
         return cls(path, {".onnx": "onnx", ".safetensors": "routing"}.get(suffix, target))
 
@@ -66,18 +81,28 @@ class Output:
         names = [*beside, self.routing_file.name, f"{self.path.name}.data", self.path.name]
         return [self.path.parent / name for name in names]
 
+    def needed(self, checkpoint: Checkpoint) -> list[Path]:
+        """Returns the files without which the output is of no use."""
+        if self.kind == "hf":
+            return [self.path / "config.json", self.path / (SINGLE if (self.path / SINGLE).exists() else INDEX)]
+        if self.kind == "triton":
+            model = self.path / self.model_file
+            return [self.path / "config.pbtxt", model, model.with_name(f"{model.name}.data")]
+        return self.files(checkpoint)
+
     def write(self, fill: Callable[[Path], None]) -> int:
         """Has ``fill`` write into a temporary folder beside the output, then moves the result into place.
 
         Returns:
             The size in bytes.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.parent / f".{self.path.name}.partial"
-        shutil.rmtree(partial, ignore_errors=True)  # what an interrupted run left
-        partial.mkdir()
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)  # what an interrupted run left
+            partial.mkdir()
             fill(partial)
+            _let_others_read(partial)
             size = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
             if self.is_folder:
                 replaced = self.path.parent / f".{self.path.name}.replaced"
@@ -104,19 +129,25 @@ def check_outputs(
     """Refuses, before any work, outputs that would destroy something or cannot be written.
 
     Raises:
-        UserError: something exists and ``overwrite`` is not set, two outputs collide, an output lies in the base model's
-            folder, a folder to overwrite was not written by ir-convert, or the disk is too full.
+        UserError: something exists and ``overwrite`` is not set, two outputs collide, an output lies in another or in the base
+            model's folder, a folder to overwrite was not written by ir-convert, or the disk is too full.
     """
     taken: dict[Path, Path] = {}
+    folders = {output.path.resolve(): output for output in outputs if output.is_folder}
     for output in outputs:
         _check_place(output, checkpoint.path.resolve())
+        if around := next((folders[parent] for parent in output.path.resolve().parents if parent in folders), None):
+            raise UserError(
+                f"output '{output.path}' lies in the folder '{around.path}', another output: name another place"
+            )
         for file in output.files(checkpoint):
             if (other := taken.setdefault(file.resolve(), output.path)) != output.path or outputs.count(output) > 1:
                 raise UserError(
                     f"outputs '{other}' and '{output.path}' would both write {file}: name different folders"
                 )
             if file.exists() and not overwrite:
-                raise UserError(f"{file} exists: name another output, or give --overwrite")
+                own = "" if file == output.path else f"; {output.path.name} wants a folder that no other model is in"
+                raise UserError(f"{file} exists: name another output, or give --overwrite{own}")
         if output.is_folder and output.path.exists() and not _replaceable(output):
             kind = "a checkpoint that ir-convert wrote" if output.kind == "hf" else "a Triton model of version 1 alone"
             raise UserError(f"{output.path} is not {kind}; it is not overwritten: name another output")
@@ -133,8 +164,19 @@ def _replaceable(output: Output) -> bool:
     return names in (set(), {"config.pbtxt", "1"})  # another version is not ours to remove
 
 
+def _let_others_read(folder: Path) -> None:
+    """Gives files the permissions that new files have; safetensors makes them their owner's alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(0o666 & ~mask)
+
+
 def _check_place(output: Output, model: Path) -> None:
     path = output.path.resolve()
+    if blocked := next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), None):
+        raise UserError(f"output '{output.path}' lies below {blocked}, which is a file: name another place")
     if path == model or model in path.parents or path in model.parents:
         raise UserError(
             f"output '{output.path}' and the base model's folder {model} lie in each other: name another place"

@@ -116,7 +116,8 @@ class Routing:
                     )
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except (OSError, SafetensorError) as error:
-            raise UserError(f"cannot read the routing file {path}: {error}") from error
+            why = "it is a folder" if path.is_dir() else error
+            raise UserError(f"cannot read the routing file {path}: {why}") from error
         curve = Curve(*(tensors.pop(f"curve.{axis}").tolist() for axis in ("sparsity", "threshold")))
         lora = {
             name.removeprefix("lora.").removesuffix(".a"): (tensors.pop(name), tensors.pop(name[:-1] + "b"))

@@ -105,6 +105,31 @@ def wrong_width(folder):
     edit(folder / "config.json", intermediate_size=81)
 
 
+def other_vocabulary(folder):
+    edit(folder / "config.json", vocab_size=7)
+
+
+def one_layer_less(folder):
+    edit(folder / "config.json", num_hidden_layers=1)
+
+
+def no_object(folder):
+    (folder / "config.json").write_text("null")
+
+
+def impossible_heads(folder):
+    edit(folder / "config.json", num_attention_heads=7)
+
+
+def lose_a_tensor(folder):
+    name = "model.layers.0.mlp.up_proj.weight"
+    index = folder / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    shard = folder / weight_map.pop(name)
+    save_file({key: tensor for key, tensor in load_file(shard).items() if key != name}, shard)
+    edit(index, weight_map=weight_map)
+
+
 def remove_weights(folder):
     for path in folder.glob("*.safetensors*"):
         path.unlink()
@@ -123,6 +148,11 @@ def remove_weights(folder):
         (escape_folder, r"names a file outside its folder: '\.\./elsewhere"),
         (wrong_width, r"up_proj.weight' is \[80, 48\]; config.json says \[81, 48\]"),
         (remove_weights, "has no 'model.safetensors'"),
+        (other_vocabulary, r"embed_tokens.weight' is \[131, 48\]; config.json says \[7, 48\]"),
+        (one_layer_less, r"has a tensor 'model.layers.[1-9].*config.json says that there are 1 layers"),
+        (lose_a_tensor, r"lacks 'model.layers.0.mlp.up_proj.weight', which other layers have"),
+        (no_object, "config.json cannot be read"),
+        (impossible_heads, "config.json cannot be read"),
     ],
 )
 def test_one_clear_line(damage, message, folder):

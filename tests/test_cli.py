@@ -60,6 +60,14 @@ def base(tmp_path_factory):
         (["{trained}", "--out", "{out}", "--calibration", "{empty}"], "is empty"),
         (["{trained}", "--out", "{out}", "--sparsity", "0.95"], "sparsity 0.95 is out of reach for this model"),
         (["{trained}", "--out", "{out}", "--rank", "500"], "rank 500 is more than"),
+        (["{base}", "--out", "{out}", "--device", "meta"], "device 'meta' cannot be used here"),
+        (["{base}", "--out", "{out}", "--seed", "-1"], "-1 is not in the range"),
+        (["{base}", "--out", "{out}", "--trace"], "--trace is of ONNX files, and no output is one"),
+        (["{base}", "--out", "{out}", "--logits", "last"], "--logits last is of ONNX files"),
+        (["{base}/config.json", "--out", "{out}"], "is a file: name the folder that it lies in"),
+        (["{base}", "--out", "{out}", "--routing", "{base}"], "cannot read the routing file {base}: it is a folder"),
+        (["generate", "{base}", "x", "--temperature", "nan"], "temperature nan is not in"),
+        (["generate", "{base}", "x", "--seed", "-1"], "-1 is not in the range"),
         (["generate", "absent.onnx", "hello"], "artifact 'absent.onnx' does not exist"),
         (["generate", "{base}", "hello"], "not an informed-routing checkpoint"),
         (["generate", "{empty}", "hello"], "not written by ir-convert"),
@@ -74,7 +82,7 @@ def test_one_clear_line_and_nothing_written(arguments, message, run, base, tmp_p
     places = {"base": base, "out": tmp_path / "out", "trained": TINY, "empty": empty}
     code, out, err = run(*(argument.format(**places) for argument in arguments))
     assert code == 2
-    assert message in err
+    assert message.format(**places) in err
     assert err.startswith("ir-convert: ")
     assert err.count("\n") == 1
     assert out == ""
@@ -177,6 +185,7 @@ def test_triton(run, converted, tmp_path):
     """A model repository's layout; a .onnx output beside it stays what its name says."""
     folder = tmp_path / "model_repository" / "ir-tiny"
     command = [converted.checkpoint.path, "--routing", converted.folder / "ir-tiny.safetensors", "--target", "triton"]
+    command += ["--trace"]
     outs = ["--out", folder, "--out", tmp_path / "beside.onnx"]
     code, _, err = run(*command, *outs)
     assert code == 0, err
@@ -185,7 +194,8 @@ def test_triton(run, converted, tmp_path):
     assert inside == {path.name for path in tmp_path.iterdir() if path.is_file()}
     assert Routing.load(Output.parse(folder, "triton").routing_file).curve == converted.routing.curve
     assert json.loads((folder / "1" / "genai_config.json").read_text())["model"]["decoder"]["filename"] == "model.onnx"
-    here, there = (run("generate", path, "def f(", "--max-new-tokens", 8)[1] for path in (folder / "1", converted.onnx))
+    assert 'name: "executed", data_type: TYPE_BOOL' in (folder / "config.pbtxt").read_text()
+    here, there = (run("generate", path, "def f(", "--max-new-tokens", 8)[1] for path in (folder, converted.onnx))
     assert here == there
     assert run(*command, *outs)[0] == 2
     assert run(*command, *outs, "--overwrite")[0] == 0

@@ -45,9 +45,10 @@ def test_target_is_of_folders(name, kind):
     assert Output.parse(Path(name), "triton").kind == kind
 
 
-def test_foreign_format():
-    with pytest.raises(UserError, match=r"'m.gguf' is of no known kind"):
-        Output.parse(Path("m.gguf"))
+@pytest.mark.parametrize("name", ["m.gguf", "notes.TXT", ".onnx", "deep/.safetensors"])
+def test_foreign_format(name):
+    with pytest.raises(UserError, match=f"'{name}' is of no known kind"):
+        Output.parse(Path(name))
 
 
 @pytest.mark.parametrize(
@@ -113,6 +114,21 @@ def test_base_model_is_out_of_bounds(place, checkpoint):
         check(checkpoint, checkpoint.path / place, overwrite=True)
 
 
+@pytest.mark.parametrize(
+    "outs", [("both", "both/m.onnx"), ("both/m.onnx", "both"), ("both", "both/deep/r.safetensors")]
+)
+def test_no_output_lies_in_another(outs, checkpoint, tmp_path):
+    with pytest.raises(UserError, match=r"output '.*both/.*' lies in the folder '.*both', another output"):
+        check(checkpoint, *(tmp_path / out for out in outs), overwrite=True)
+
+
+@pytest.mark.parametrize("name", ["m.onnx", "folder", "deep/r.safetensors"])
+def test_below_a_file(name, checkpoint, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"lies below .*notes.txt, which is a file"):
+        check(checkpoint, tmp_path / "notes.txt" / name)
+
+
 def test_full_disk_is_said_before_starting(checkpoint, tmp_path):
     with pytest.raises(UserError, match=r"GB free; the outputs need about"):
         check(checkpoint, tmp_path / "new" / "deep" / "m.onnx", size=shutil.disk_usage(tmp_path).free)
@@ -124,11 +140,14 @@ def test_write_moves_everything_into_place(tmp_path):
         assert not list(folder.iterdir())
         (folder / "m.onnx").write_text("graph")
         (folder / "config.json").write_text("{}")
+        (folder / "config.json").chmod(0o600)  # as safetensors leaves its files
 
     (tmp_path / ".m.onnx.partial").mkdir()
     (tmp_path / ".m.onnx.partial" / "left over").write_text("")
     assert Output.parse(tmp_path / "m.onnx").write(fill) == 7
     assert sorted(os.listdir(tmp_path)) == ["config.json", "m.onnx"]
+    (tmp_path / "new").touch()
+    assert {file.stat().st_mode for file in tmp_path.iterdir()} == {(tmp_path / "new").stat().st_mode}
 
 
 def test_killed_while_moving_no_old_model_has_new_data(tmp_path, monkeypatch):

@@ -182,6 +182,32 @@ def test_errors_say_what_to_do(base, model, tmp_path, prompt):
     for nothing in (np.zeros((1, 0)), np.zeros((0, 3))):
         with pytest.raises(UserError, match="prompts of at least one token"):
             next(model.generate(nothing))
+    for ids, message in (
+        ([[1, 2], [3]], "texts of different lengths: pad them"),
+        ([1, 2], r"int64 \[2\]: give token ids"),
+        ([[0.5, 1.0]], r"float64 \[1, 2\]: give token ids"),
+        ([[1, -1]], "with negative ones"),
+        ("text", "give token ids"),
+    ):
+        for run in (model.logits, lambda ids: next(model.generate(ids))):
+            with pytest.raises(UserError, match=message):
+                run(ids)
+    with pytest.raises(UserError, match=r"attention_mask \[1, 3\] is not of 1 texts, of 9 new tokens"):
+        model.logits(prompt, np.ones((1, 3)))
+    for setting in ({"temperature": -1.0}, {"temperature": math.nan}, {"top_k": 0}, {"top_p": 1.5}):
+        with pytest.raises(UserError, match="top_k 0 leaves no token" if "top_k" in setting else "is not in"):
+            next(model.generate(prompt, **{"temperature": 1.0} | setting))
+    with pytest.raises(UserError, match=r"no memory for keys and values of 1 x \d+ tokens"):
+        next(model.generate(prompt, max_new_tokens=10**12))
+    with pytest.raises(UserError, match="no provider 'FooProvider' here, but: .*CPUExecutionProvider"):
+        OnnxModel.load(base[1], providers=["FooProvider"])
+    assert OnnxModel.load(base[1], providers="CPUExecutionProvider").session.get_providers() == ["CPUExecutionProvider"]
+    with pytest.raises(UserError, match="threshold is NaN"):
+        OnnxModel.load(base[1], threshold=math.nan)
+    before = model.threshold
+    with pytest.raises(TypeError), model.hold_sparsity(0.2, gian=3):
+        pass
+    assert model.threshold == before
 
     lone = shutil.copyfile(base[1] / "ir-tiny.onnx", tmp_path / "ir-tiny.onnx")
     with pytest.raises(UserError, match=r"needs its weights 'ir-tiny.onnx.data' beside it"):

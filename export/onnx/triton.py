@@ -9,6 +9,7 @@ from ir_convert.files import sync
 
 CONFIG = "config.pbtxt"
 TYPES: dict[int, str] = {
+    onnx.TensorProto.BOOL: "TYPE_BOOL",
     onnx.TensorProto.INT64: "TYPE_INT64",
     onnx.TensorProto.FLOAT: "TYPE_FP32",
     onnx.TensorProto.FLOAT16: "TYPE_FP16",

@@ -86,7 +86,7 @@ def check_reachable(checkpoint: Checkpoint, options: Options) -> None:
     if options.sparsity > reachable:
         raise UserError(
             f"sparsity {options.sparsity:g} is out of reach for this model: approximating every routed unit saves "
-            f"{reachable:.3f} of the FLOPs (what always runs, forecasters and routers cost their share)"
+            f"{max(0, reachable):.3f} of the FLOPs (what always runs, forecasters and routers cost their share)"
         )
 
 

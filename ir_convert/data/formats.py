@@ -99,7 +99,7 @@ class JsonLines:
             raise UserError(f"{self._path} is not UTF-8 text (byte {position + error.start})") from error
         except (ValueError, RecursionError) as error:
             raise UserError(f"{self._path}: the line at byte {position} is not JSON: {error}") from error
-        return document(record, self._field, f"{self._path}, line at byte {position},")
+        return document(record, self._field, f"{self._path}, line at byte {position}")
 
 
 class Parquet:

@@ -14,7 +14,7 @@ from .hub import open_dataset
 from .pieces import Reader
 
 DATA_SET = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[^/\\:]*){0,2}")
-SUFFIX = re.compile(r"\.[A-Za-z][A-Za-z0-9]{0,5}$")
+SUFFIX = re.compile(r"\.[A-Za-z][A-Za-z0-9]{0,6}$")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from ..errors import UserError
 from .dtypes import ELEMENTS, device_of
 
 
@@ -28,7 +29,12 @@ class Buffers:
         for past in self.session.get_inputs():
             if past.name.startswith("past_key_values."):
                 shape = [self.batch, past.shape[1], self.capacity, past.shape[3]]
-                buffer = ort.OrtValue.ortvalue_from_shape_and_type(shape, ELEMENTS[past.type], *device)
+                try:
+                    buffer = ort.OrtValue.ortvalue_from_shape_and_type(shape, ELEMENTS[past.type], *device)
+                except (MemoryError, RuntimeError) as error:
+                    raise UserError(
+                        f"there is no memory for keys and values of {self.batch} x {self.capacity} tokens: ask for fewer"
+                    ) from error
                 self._binding.bind_ortvalue_input(past.name, buffer)
                 self._binding.bind_ortvalue_output(past.name.replace("past_key_values", "present"), buffer)
 

@@ -1,6 +1,7 @@
 """A routed model in an ONNX Runtime session."""
 
 import json
+import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime as ort
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..checkpoint import TOKENIZER_FILES
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..routing import Curve
 from .buffers import Buffers
 from .dtypes import NUMPY
@@ -28,6 +29,21 @@ if TYPE_CHECKING:
 
 Cache = list[NDArray]
 _ERRORS_ONLY = 3
+
+
+def tokens_of(input_ids: ArrayLike) -> NDArray:
+    """Returns token ids ``[B, S]`` as int64; raises UserError where they are something else."""
+    try:
+        ids = np.asarray(input_ids)
+    except ValueError as error:
+        raise UserError("input_ids are texts of different lengths: pad them, with an attention_mask") from error
+    whole = np.issubdtype(ids.dtype, np.integer) or not ids.size
+    if ids.ndim != 2 or not whole or (ids < 0).any():
+        what = f"{ids.dtype} {list(ids.shape)}" + (" with negative ones" if whole and ids.ndim == 2 else "")
+        raise UserError(
+            f"input_ids are {what}: give token ids [texts, tokens], as a tokenizer with return_tensors='np' does"
+        )
+    return ids.astype(np.int64)
 
 
 @dataclass
@@ -69,7 +85,7 @@ class OnnxModel:
 
         Args:
             path: the model.
-            providers: execution providers, best first; by default CUDA where there is a GPU, and the CPU.
+            providers: execution providers by name, best first; by default CUDA where there is a GPU, and the CPU.
             threads: threads of one operator; by default onnxruntime's choice.
             sparsity: share of FLOPs to save instead of the one the model was made for.
             threshold: or the threshold itself.
@@ -82,7 +98,10 @@ class OnnxModel:
         """
         path = model_file(Path(path))
         model_says = inspect(path)
-        wanted = list(providers or default_providers())
+        wanted = [providers] if isinstance(providers, str) else list(providers or default_providers())
+        if unknown := [name for name in wanted if name not in ort.get_available_providers()]:
+            known = ", ".join(ort.get_available_providers())
+            raise UserError(f"onnxruntime has no provider '{unknown[0]}' here, but: {known}")
         library = choose_library(library, model_says, wanted)
         options = options or ort.SessionOptions()
         if options.log_severity_level < 0:  # untouched; the optional input would draw a warning from every load
@@ -91,7 +110,7 @@ class OnnxModel:
             options.intra_op_num_threads = threads
         try:
             if library is not None:
-                options.register_custom_ops_library(str(library))
+                options.register_custom_ops_library(str(library.resolve()))
             session = ort.InferenceSession(str(path), options, providers=wanted)
         except Exception as error:  # onnxruntime's exceptions share no base class of their own
             raise UserError(f"ONNX Runtime cannot load {path}: {str(error).splitlines()[0]}") from error
@@ -100,6 +119,8 @@ class OnnxModel:
         if sparsity is not None:
             model.set_sparsity(sparsity)
         if threshold is not None:
+            if math.isnan(threshold):
+                raise UserError("the threshold is NaN: give a number, -inf for the dense model")
             model.threshold = threshold
         return model
 
@@ -123,7 +144,10 @@ class OnnxModel:
         """The tokens that end a text, by the configuration files beside the model."""
         for name in ("generation_config.json", "config.json"):
             file = self.path.with_name(name)
-            ids = json.loads(file.read_text("utf-8")).get("eos_token_id") if file.is_file() else None
+            try:
+                ids = json.loads(file.read_text("utf-8")).get("eos_token_id") if file.is_file() else None
+            except (ValueError, AttributeError) as error:
+                raise UserError(f"{file} is damaged: {one_line(error)}") from error
             if ids is not None:
                 return frozenset([ids] if isinstance(ids, int) else ids)
         return frozenset()
@@ -146,10 +170,10 @@ class OnnxModel:
         from ..export.hf.control_ir import SparsityControl  # its package imports the models of transformers
 
         before = self.threshold, self._control
-        self.set_sparsity(sparsity)
-        self._control = SparsityControl(sparsity, self.threshold, **gain)
+        control = SparsityControl(sparsity, self.curve.at(sparsity), **gain)
+        self.threshold, self._control = control.threshold, control
         try:
-            yield self._control
+            yield control
         finally:
             self.threshold, self._control = before
 
@@ -186,7 +210,8 @@ class OnnxModel:
         """
         if self._past_inputs[0].type not in NUMPY:
             raise UserError(f"keys and values of {self.path} are bfloat16, which numpy has not: use generate()")
-        batch, length = np.shape(input_ids)
+        input_ids = tokens_of(input_ids)
+        batch, length = input_ids.shape
         past = past or self._empty_cache(batch)
         if attention_mask is None:
             attention_mask = np.ones((batch, past[0].shape[2] + length))
@@ -202,6 +227,11 @@ class OnnxModel:
     ) -> dict[str, NDArray]:
         """Returns all inputs but the cache."""
         attention_mask = np.asarray(attention_mask, np.int64)
+        batch, length = input_ids.shape
+        if attention_mask.ndim != 2 or len(attention_mask) != batch or attention_mask.shape[1] < length:
+            raise UserError(
+                f"attention_mask {list(attention_mask.shape)} is not of {batch} texts, of {length} new tokens and all before"
+            )
         if position_ids is None:
             position_ids = np.maximum(np.cumsum(attention_mask, axis=1) - 1, 0)[:, -np.shape(input_ids)[1] :]
         return {
@@ -244,7 +274,7 @@ class OnnxModel:
         Yields:
             The next token of every text, int64 ``[B]``; one that has ended repeats its last token.
         """
-        tokens = np.asarray(input_ids, np.int64)
+        tokens = tokens_of(input_ids)
         mask = np.ones_like(tokens) if attention_mask is None else np.asarray(attention_mask, np.int64)
         if not tokens.size:
             raise UserError(f"generate() wants prompts of at least one token, got shape {list(tokens.shape)}")

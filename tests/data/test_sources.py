@@ -218,8 +218,8 @@ def test_json_lines(count, tmp_path):
     ("content", "message"),
     [
         (b'{"id": 1, "content": "a"}\n', r"has no field 'text', but: id, content; choose with --text-field"),
-        (b'{"text": "a"}\n{"text": ["a"]}\n', "byte 14, *: field 'text' holds list, not text"),
-        (b'{"text": "a"}\n["a"]\n', "byte 14,: a record is list"),
+        (b'{"text": "a"}\n{"text": ["a"]}\n', "byte 14: field 'text' holds list, not text"),
+        (b'{"text": "a"}\n["a"]\n', "byte 14: a record is list"),
         (b'{"text": "a"}\n{"text": \n', "the line at byte 14 is not JSON"),
         (b'{"text": "a"}\n{"text": "\xff"}\n', r"is not UTF-8 text \(byte 24\)"),
         (b"[" * 100_000, "is not JSON"),

@@ -69,7 +69,7 @@ def level(library: Path) -> str:
 def _said(library: Path, name: str) -> str:
     """Returns what a library says of itself in the function of this name."""
     try:
-        function = ctypes.CDLL(str(library))[name]
+        function = ctypes.CDLL(str(library.resolve()))[name]
     except (OSError, AttributeError) as error:
         raise UserError(f"{library} is not a library of native kernels: {error}") from error
     function.restype = ctypes.c_char_p

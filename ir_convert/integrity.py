@@ -1,0 +1,79 @@
+"""Whether a checkpoint's weights are whole, and those that its configuration is of: seen at once, not hours into a calibration."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from transformers import PretrainedConfig
+
+from . import experts
+from .errors import UserError, one_line
+from .families import experts_of, family_of, packed_rows, projection_sizes
+
+
+def require_whole(path: Path, config: PretrainedConfig, shards: dict[str, str]) -> None:
+    """Opens every shard's header, and holds its tensors against the configuration.
+
+    Args:
+        path: the checkpoint's folder.
+        config: its configuration.
+        shards: tensor name -> file name.
+
+    Raises:
+        UserError: a shard is damaged, or a tensor missing, of another shape, or of a layer too many.
+    """
+    shapes: dict[str, list[int]] = {}
+    for shard in sorted(set(shards.values())):
+        try:
+            with safe_open(path / shard, "pt") as file:
+                shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path / shard} is damaged: {one_line(error)}; download it again") from error
+    if absent := sorted(set(shards) - set(shapes)):
+        raise UserError(f"{path} names tensors its files do not hold, first '{absent[0]}'; download it again")
+    family = family_of(config)
+    for name, shape in _shapes_by_config(config, shards).items():
+        if shapes.get(name) != shape:
+            raise UserError(f"{path}: tensor '{name}' is {shapes.get(name, 'absent')}; config.json says {shape}")
+    _require_layers(path, config, shapes)
+    if not {family.embedding, family.head} & set(shapes):
+        raise UserError(f"{path} has neither '{family.embedding}' nor '{family.head}'")
+
+
+def _require_layers(path: Path, config: PretrainedConfig, names: Iterable[str]) -> None:
+    """Sees that there are as many layers as the configuration says, and that none lacks what another has."""
+    layers: dict[str, set[str]] = {str(index): set() for index in range(config.num_hidden_layers)}
+    prefix = f"{family_of(config).layers}."
+    for name in names:
+        layer, _, inside = name.removeprefix(prefix).partition(".")
+        if name.startswith(prefix) and "rotary_emb" not in inside:
+            if layer not in layers:
+                raise UserError(f"{path} has a tensor '{name}'; config.json says that there are {len(layers)} layers")
+            layers[layer].add(inside)
+    everything = set().union(*layers.values())
+    for layer, held in layers.items():
+        if absent := sorted(everything - held):
+            raise UserError(f"{path} lacks '{prefix}{layer}.{absent[0]}', which other layers have: download it again")
+
+
+def _shapes_by_config(config: PretrainedConfig, shards: dict[str, str]) -> dict[str, list[int]]:
+    """Returns what some tensors must be if configuration and weights belong together: of the last layer, and both ends."""
+    family = family_of(config)
+    last, sizes = f"{family.layers}.{config.num_hidden_layers - 1}", projection_sizes(config)
+    shapes = {family.final_norm: [config.hidden_size]}
+    ends = (name for name in (family.embedding, family.head) if name in shards)
+    shapes |= {name: [config.vocab_size, config.hidden_size] for name in ends}
+    mixture, checked = experts_of(config), {"attention": "q_proj", "mlp": "up_proj"}
+    if mixture is not None:
+        del checked["mlp"]
+        inside = f"{last}.{family.mlp.module}"
+        shapes[f"{inside}.gate.weight"] = [mixture.count, config.hidden_size]
+        if f"{inside}.{family.mlp.experts}.{experts.PACKED}" not in shards:
+            name = f"{inside}.{family.mlp.experts}.{mixture.count - 1}.up_proj.weight"
+            shapes[name] = [mixture.width, config.hidden_size]
+    for unit, projection in checked.items():
+        tensor, rows = packed_rows(config, unit, projection)
+        within = (projection,) if rows is None else family.unit(unit).packed[tensor]
+        outputs = sum(sizes[name][1] for name in within)
+        shapes[f"{last}.{family.unit(unit).module}.{tensor}.weight"] = [outputs, sizes[projection][0]]
+    return shapes
