@@ -2,8 +2,9 @@
 
 Prefill is bound by arithmetic: FLOPs of the layers' projections for executed tokens (keys and values for all), forecasters
 and routers for all tokens, the attention core for executed queries (each against the keys it sees), and the head for every
-position, or each sequence's last. Decode is bound by memory: bytes of weights read in a step. A unit's skipped projections are read if any token of
-the batch executes it, once for the whole batch; the rest, forecasters, routers and the head are read always.
+position, or each sequence's last. Decode is bound by memory: bytes of weights read in a step. A unit's skipped projections
+are read if any token of the batch executes it, once for the whole batch; the rest, forecasters, routers and the head are
+read always.
 Embedding, norms, rotary embedding and softmax are not counted, nor is the cache that decode reads: on either side.
 """
 

@@ -8,8 +8,9 @@ gathers of a unit and by the scatter that merges its output into the forecast. K
 token; with a strict KV cache for executed tokens only. A plain unit takes neither forecast nor execute.
 
 The signatures are stable: a native library may register kernels under the same names (domain ``ir``), which then replace
-these bodies. Every call passes the inputs in the order of ``DECIDE_INPUTS``, ``ATTENTION_INPUTS``, ``MLP_INPUTS`` or ``MOE_INPUTS``; an optional
-input that a model lacks is an empty name, and the body is built without it. So it is with an attribute that has its default.
+these bodies. Every call passes the inputs in the order of ``DECIDE_INPUTS``, ``ATTENTION_INPUTS``, ``MLP_INPUTS`` or
+``MOE_INPUTS``; an optional input that a model lacks is an empty name, and the body is built without it. So it is with an
+attribute that has its default.
 Weights are ``[in, out]``.
 
 What follows a unit before its output is added to the stream belongs to it, for the forecast is of all that is added: optional
