@@ -6,5 +6,6 @@ class UserError(Exception):
 
 
 def one_line(error: Exception) -> str:
-    """Returns the first line of what an exception says, or its type."""
-    return (str(error) or type(error).__name__).strip().splitlines()[0]
+    """Returns the first line of what an exception says, with what it announces there, or its type."""
+    first, *rest = (str(error) or type(error).__name__).strip().splitlines()
+    return " ".join([first.strip(), *(line.strip() for line in rest)]) if first.strip().endswith(":") else first

@@ -199,7 +199,7 @@ def test_errors_say_what_to_do(base, model, tmp_path, prompt):
             next(model.generate(prompt, **{"temperature": 1.0} | setting))
     with pytest.raises(UserError, match=r"no memory for keys and values of 1 x \d+ tokens"):
         next(model.generate(prompt, max_new_tokens=10**12))
-    with pytest.raises(UserError, match="no provider 'FooProvider' here, but: .*CPUExecutionProvider"):
+    with pytest.raises(UserError, match=r"no provider 'FooProvider' here, but: .*CPUExecutionProvider"):
         OnnxModel.load(base[1], providers=["FooProvider"])
     assert OnnxModel.load(base[1], providers="CPUExecutionProvider").session.get_providers() == ["CPUExecutionProvider"]
     with pytest.raises(UserError, match="threshold is NaN"):

@@ -49,7 +49,9 @@ def open_path(path: Path, name: str, field: str) -> Files:
     """
     with reading(path):
         if path.is_file():
-            return Files(name, [_open_file(path, field)])
+            # In a folder a .json file is one of many things; named by itself it is meant as records.
+            records = path.suffix.lower() == ".json"
+            return Files(name, [JsonLines(path, field) if records else _open_file(path, field)])
         if not path.is_dir():
             raise UserError(f"calibration text {path} is neither a file nor a folder")
         paths = sorted(_walk(path))

@@ -98,7 +98,9 @@ class JsonLines:
         except UnicodeDecodeError as error:
             raise UserError(f"{self._path} is not UTF-8 text (byte {position + error.start})") from error
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{self._path}: the line at byte {position} is not JSON: {error}") from error
+            raise UserError(
+                f"{self._path}: the line at byte {position} is not JSON, of which every line must be one record: {error}"
+            ) from error
         return document(record, self._field, f"{self._path}, line at byte {position}")
 
 

@@ -102,6 +102,8 @@ class OnnxModel:
         if unknown := [name for name in wanted if name not in ort.get_available_providers()]:
             known = ", ".join(ort.get_available_providers())
             raise UserError(f"onnxruntime has no provider '{unknown[0]}' here, but: {known}")
+        if model_says.dtype == "bfloat16" and wanted == ["CPUExecutionProvider"]:
+            raise UserError(f"{path} is bfloat16, which ONNX Runtime runs on GPUs alone: convert with --dtype float32")
         library = choose_library(library, model_says, wanted)
         options = options or ort.SessionOptions()
         if options.log_severity_level < 0:  # untouched; the optional input would draw a warning from every load

@@ -1,5 +1,6 @@
 """Every recipe gives a routing that is written, read, and exported like any other."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from calibrations import random_blocks, shorten
 from models import save_random
 
-from ir_convert.calibrate import Options, calibrate
+from ir_convert.calibrate import Options, calibrate, recipes
 from ir_convert.checkpoint import Checkpoint
 from ir_convert.decoder import Decoder
 from ir_convert.errors import UserError
@@ -15,7 +16,7 @@ from ir_convert.evaluate import logits, measure
 from ir_convert.export import hf
 from ir_convert.flops import Budget
 from ir_convert.routing import Routing
-from ir_convert.stream import Work
+from ir_convert.stream import Team, Work
 
 RECIPES = {
     "local": Options(),
@@ -83,6 +84,28 @@ def test_recipe(name, family, tmp_path, monkeypatch):
         exported = hf.load(folder, dtype=torch.float32).eval()(input_ids=ids).logits
     expected = logits(decoder, routing.units, ids, routing.threshold, routing.kv_cache)
     torch.testing.assert_close(exported, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [Options(units=("attention",)), Options(units=("attention",), polish=2)])
+def test_sparsity_0_where_there_is_little_to_save(options, checkpoint, monkeypatch):
+    """Forecasts are fitted for another sparsity then, one that such a model reaches."""
+    shorten(monkeypatch)
+    options = replace(options, sparsity=0.0, rank=3, router_width=4)
+    reachable = options.settled(checkpoint.config).budget(checkpoint.config).reachable
+    assert 0 < reachable < 0.25
+    routing = calibrate(checkpoint, random_blocks(), options)
+    assert routing.threshold == -math.inf
+    assert routing.curve.sparsity[-1] == pytest.approx(reachable, abs=1e-2)
+    assert all(torch.isfinite(unit.forecaster.up).all() for unit in routing.units.values())
+
+
+@pytest.mark.parametrize("processes", range(1, 20))
+def test_every_number_of_processes_shares_a_batch(processes):
+    team = Team()
+    team.size = processes
+    batch = recipes._batch(team)
+    assert batch % processes == 0
+    assert 8 <= batch < 8 + processes
 
 
 def test_lora_changes_the_dense_model(checkpoint, monkeypatch):

@@ -220,7 +220,7 @@ def test_json_lines(count, tmp_path):
         (b'{"id": 1, "content": "a"}\n', r"has no field 'text', but: id, content; choose with --text-field"),
         (b'{"text": "a"}\n{"text": ["a"]}\n', "byte 14: field 'text' holds list, not text"),
         (b'{"text": "a"}\n["a"]\n', "byte 14: a record is list"),
-        (b'{"text": "a"}\n{"text": \n', "the line at byte 14 is not JSON"),
+        (b'{"text": "a"}\n{"text": \n', "the line at byte 14 is not JSON, of which every line must be"),
         (b'{"text": "a"}\n{"text": "\xff"}\n', r"is not UTF-8 text \(byte 24\)"),
         (b"[" * 100_000, "is not JSON"),
     ],
@@ -229,6 +229,14 @@ def test_bad_json_lines(content, message, tmp_path):
     (tmp_path / "a.jsonl").write_bytes(content)
     with pytest.raises(UserError, match=message):
         everything(open_path(tmp_path / "a.jsonl", "a", "text"))
+
+
+def test_a_json_file_is_records(tmp_path):
+    path = write_lines(tmp_path / "a.json", [{"text": "one"}, {"text": "two"}])
+    assert "".join(everything(open_path(path, "a", "text"))) == "onetwo"
+    path.write_text(json.dumps([{"text": "one"}], indent=1))
+    with pytest.raises(UserError, match="the line at byte 0 is not JSON, of which every line must be one record"):
+        everything(open_path(path, "a", "text"))
 
 
 def test_half_a_character_in_json(tmp_path):

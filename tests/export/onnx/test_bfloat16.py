@@ -11,8 +11,10 @@ from models import random_routing, save_random
 from onnx.inliner import inline_local_functions
 
 from ir_convert.checkpoint import Checkpoint
+from ir_convert.errors import UserError
 from ir_convert.export.onnx import write
 from ir_convert.export.onnx.graph import decoder
+from ir_convert.runtime import OnnxModel
 
 # Operators of opset 24 with a bfloat16 kernel in the CUDA provider of ONNX Runtime 1.31, from its kernel registry. CastLike
 # becomes Cast when the model is loaded.
@@ -102,6 +104,8 @@ def test_every_operator_has_a_kernel(logits, checkpoint, tmp_path):
 
 def test_weights_are_rounded(checkpoint, tmp_path):
     write(checkpoint, random_routing(checkpoint), tmp_path, "m.onnx", torch.bfloat16)
+    with pytest.raises(UserError, match="is bfloat16, which ONNX Runtime runs on GPUs alone: convert with --dtype"):
+        OnnxModel.load(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
     written = {tensor.name: tensor for tensor in onnx.load(tmp_path / "m.onnx").graph.initializer}
     name = "model.layers.1.self_attn.o_proj.weight"
     expected = checkpoint.read(name).bfloat16().float().T.numpy()
