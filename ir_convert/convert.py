@@ -183,15 +183,14 @@ def _calibrate(
     if kept and team.agree(kept.is_file()):
         report.note("The calibration was finished before; only the outputs were not.")
         routing = Routing.load(kept)
-        routing.metadata["job_sha256"] = job.sha256  # how it is written may have changed
-        return routing
-    if work.begun:
-        report.note(f"Going on with the interrupted run in {work.folder}.")
-    report.note(estimate(checkpoint, blocks, options, device, team.size).sentence())
-    routing = calibrate(checkpoint, blocks, options, device=device, report=report, work=work, team=team)
-    routing.metadata["job_sha256"] = job.sha256
-    if kept:
-        routing.save(kept)
+    else:
+        if work.begun:
+            report.note(f"Going on with the interrupted run in {work.folder}.")
+        report.note(estimate(checkpoint, blocks, options, device, team.size).sentence())
+        routing = calibrate(checkpoint, blocks, options, device=device, report=report, work=work, team=team)
+        if kept:
+            routing.save(kept)
+    routing.metadata["job_sha256"] = job.sha256  # set here: how it is written may have changed since
     team.wait()  # or the first process would remove the folder while another still writes there
     return routing
 
