@@ -51,7 +51,6 @@ def train_paper(
     greedy: bool = False,
     forecasters: Descent = FORECASTERS,
     routers: Descent = ROUTERS,
-    warm_start: Descent | None = None,
     penalty: float = PENALTY,
     temperatures: tuple[float, float] = TEMPERATURES,
     dtype: torch.dtype = torch.float32,
@@ -70,7 +69,6 @@ def train_paper(
         sparsity: the share of FLOPs to save, in the units of ``flops.py``.
         greedy: the baseline without forecasts: approximating skips, and ranks are taken as 0.
         forecasters, routers: how the two stages descend.
-        warm_start: trains routers first to execute the tokens with the largest forecast error; published as optional.
         penalty: weight of the distance from the asked sparsity, in nats.
         temperatures: of the straight-through gradient, from the first router step to the last, linearly.
         dtype: of the base model.
@@ -100,10 +98,7 @@ def train_paper(
     )
     traces = []
     if not greedy:
-        traces.append(_fit(model, "forecaster", fit_blocks, forecasters, 0.0, seed, workers, reporter))
-    if warm_start is not None and not greedy:
-        share = (sparsity + budget.overhead_share) / (budget.reachable + budget.overhead_share)
-        traces.append(_fit(model, "router", fit_blocks, warm_start, min(max(share, 0.0), 1.0), seed, workers, reporter))
+        traces.append(_fit_forecasters(model, fit_blocks, forecasters, seed, workers, reporter))
     first, last = temperatures
     trace = train_routed(
         "routers",
@@ -137,22 +132,10 @@ def _start(hidden: int, shapes: Shapes, bias: float, seed: int) -> Units:
     }
 
 
-def _fit(
-    model: RoutedModel,
-    part: str,
-    blocks: Tensor,
-    descent: Descent,
-    share: float,
-    seed: int,
-    workers: Workers,
-    report: Reporter,
+def _fit_forecasters(
+    model: RoutedModel, blocks: Tensor, descent: Descent, seed: int, workers: Workers, report: Reporter
 ) -> Trace:
-    """Trains all forecasters, or warms up all routers, on what one dense pass a batch shows of every unit.
-
-    Args:
-        part: ``forecaster``: SmoothL1 to the unit's output. ``router``: cross-entropy against "the forecast error is not
-            among the smallest ``share`` of this batch".
-    """
+    """Trains all forecasters to their units' outputs by SmoothL1, on what one dense pass a batch shows of every unit."""
     blocks = cut(blocks, descent.length)
     order = batches(len(blocks), descent, torch.Generator().manual_seed(seed + 1))
     parts = workers.rows(descent.batch, descent.micro_batch)
@@ -161,12 +144,7 @@ def _fit(
         total = torch.zeros(1, device=workers.device)
 
         def observer(unit: RoutedUnit, h: Tensor, y: Tensor) -> None:
-            if part == "forecaster":
-                loss = F.smooth_l1_loss(unit.forecaster(h), y)
-            else:
-                error = (unit.forecaster(h) - y).square().sum(-1)
-                execute = error.flatten().argsort().argsort().view_as(error) >= share * error.numel()
-                loss = F.binary_cross_entropy_with_logits(unit.router(h), execute.float())
+            loss = F.smooth_l1_loss(unit.forecaster(h), y)
             # Backward at once: no unit's graph outlives its turn.
             (loss / len(parts)).backward()
             total.add_(loss.detach() / len(parts))
@@ -175,7 +153,5 @@ def _fit(
             model.observe(blocks[order[step][rows]].to(workers.device), observer)
         return total
 
-    stage = "forecasters" if part == "forecaster" else "routers, warm start"
-    return descend(
-        stage, [(model.trainable(part), descent.lr)], compute, descent, workers, report, descent.batch * blocks.shape[1]
-    )
+    groups, tokens = [(model.trainable("forecaster"), descent.lr)], descent.batch * blocks.shape[1]
+    return descend("forecasters", groups, compute, descent, workers, report, tokens)

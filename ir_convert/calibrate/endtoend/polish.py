@@ -1,7 +1,5 @@
 """A few end-to-end steps from a calibrated routing, under the deterministic rule that will run: no noise, a fixed threshold."""
 
-from dataclasses import replace
-
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -28,7 +26,6 @@ def train_polish(
     sparsity: float,
     kv_cache: str = "full",
     descent: Descent = POLISH,
-    steps: int | None = None,
     forecaster_lr: float = 0.0,
     detach: bool = True,
     temperature: float = 1.0,
@@ -50,7 +47,6 @@ def train_polish(
         threshold: execute where score > threshold, throughout.
         sparsity: the share of FLOPs that the penalty holds.
         descent: how; ``lr`` is the routers'.
-        steps: replaces ``descent.steps``.
         forecaster_lr: of the forecasters; 0 leaves them as they are.
         detach: where forecasters train, no gradient passes through gates into hidden states (see ``Gates.into_stream``).
         temperature: of the straight-through gradient, in units of the scores.
@@ -64,7 +60,6 @@ def train_polish(
         UserError: the loss is NaN or infinite, or the processes cannot share a batch.
     """
     workers = Workers(accelerator, device)
-    descent = descent if steps is None else replace(descent, steps=steps)
     model = RoutedModel(
         checkpoint,
         units,

@@ -23,7 +23,6 @@ class Descent:
         length: cuts blocks into shorter ones of so many tokens; None leaves them.
         micro_batch: blocks a process runs at once; None runs its whole share of the batch.
         weight_decay: AdamW's.
-        clip_norm: largest norm of all gradients together; None does not clip.
         average: end at the mean of the weights over the last third of the steps.
     """
 
@@ -33,7 +32,6 @@ class Descent:
     length: int | None = None
     micro_batch: int | None = None
     weight_decay: float = 0.0
-    clip_norm: float | None = None
     average: bool = False
 
 
@@ -109,8 +107,6 @@ def descend(
                     "more steps may help, and --recipe local without --polish needs no such training"
                 )
             workers.average_gradients(parameters)
-            if descent.clip_norm is not None:
-                nn.utils.clip_grad_norm_(parameters, descent.clip_norm)
             optimizer.step()
             cosine.step()
             if descent.average and 3 * (step + 1) > 2 * descent.steps:

@@ -59,12 +59,12 @@ def test_paper_recipe_learns_forecasts_and_is_reproducible(small):
     for seed in (0, 0, 1):
         units, traces = train_paper(
             checkpoint, ids, shapes, sparsity=0.3, seed=seed,
-            forecasters=Descent(steps=30, batch=4, lr=2e-2, length=8), routers=SHORT, warm_start=SHORT,
+            forecasters=Descent(steps=30, batch=4, lr=2e-2, length=8), routers=SHORT,
         )  # fmt: skip
         runs.append(units)
-        assert [trace.stage for trace in traces] == ["forecasters", "routers, warm start", "routers"]
+        assert [trace.stage for trace in traces] == ["forecasters", "routers"]
         assert traces[0].loss[-1] < 0.9 * traces[0].loss[0]
-        assert [len(trace.loss) for trace in traces] == [30, 4, 4]
+        assert [len(trace.loss) for trace in traces] == [30, 4]
     assert equal(runs[0], runs[1])
     assert not equal(runs[0], runs[2])
 
@@ -108,7 +108,7 @@ def test_polish_trains_routers_alone_unless_asked(small):
 def test_polish_at_rate_zero_changes_nothing_averaged_or_not(small):
     checkpoint, units, ids = small
     for average in (False, True):
-        still = Descent(steps=3, batch=2, lr=0.0, average=average, weight_decay=0.1, clip_norm=1.0)
+        still = Descent(steps=3, batch=2, lr=0.0, average=average, weight_decay=0.1)
         assert equal(train_polish(checkpoint, units, ids, threshold=THRESHOLD, sparsity=0.3, descent=still)[0], units)
 
 
