@@ -124,6 +124,7 @@ def convert(model: str, out: tuple[Path, ...], units: str, **options: object) ->
     from .convert import convert as pipeline
     from .progress import Bars
     from .report import summary, written
+    from .stream import Team
 
     console = Console(stderr=True)
     kinds = [unit.strip() for unit in units.split(",") if unit.strip()]
@@ -132,6 +133,7 @@ def convert(model: str, out: tuple[Path, ...], units: str, **options: object) ->
         Console().print(summary(conversion))
         for line in written(conversion):
             click.echo(line)
+    Team().disband()
 
 
 @click.command("ir-convert generate")

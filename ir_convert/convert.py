@@ -165,6 +165,7 @@ def convert(
     if team.rank == 0:
         sizes = writing.write(checkpoint, learned, report)
         job.work(outputs[0], False, Team(alone=True)).clear()
+    team.wait()
     return Conversion(learned, sizes, time.monotonic() - start)
 
 

@@ -77,7 +77,7 @@ def share(model: str, out: Path, rank: int, size: int) -> None:
         dist.barrier()
     routing.save(out / f"resumed.{rank}")
     (out / f"killed.{rank}").write_text(str(killed))
-    dist.destroy_process_group()
+    Team().disband()
 
 
 def _die_a_step_apart(patch: pytest.MonkeyPatch, at: int) -> None:

@@ -1,9 +1,11 @@
 """Processes that share a calibration's blocks: each takes every n-th block, and what they measure is added up."""
 
+import gc
 import os
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -11,6 +13,8 @@ from accelerate import PartialState
 from torch import Tensor
 
 SMALL = 1 << 20  # elements of a tensor that is not sent on its own
+# One process writes what the others wait for; launchers stop all where one fails, so nobody waits in vain.
+PATIENCE = timedelta(days=1)
 
 
 class Team:
@@ -31,8 +35,15 @@ class Team:
     def assemble(cls, device: torch.device) -> "Team":
         """Joins the processes that a launcher started, if one did."""
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-            PartialState(cpu=device.type == "cpu")
+            PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
         return cls()
+
+    def disband(self) -> None:
+        """Ends the processes' being together, when all have done their work."""
+        if self.size > 1:
+            gc.collect()  # a group that some model still holds would end with the interpreter, which may abort it
+            self.wait()
+            dist.destroy_process_group()
 
     def device(self, device: torch.device) -> torch.device:
         """Returns this process's own device of that type."""

@@ -14,6 +14,7 @@ from ir_convert.calibrate.endtoend import Descent, train_lora, train_paper, trai
 from ir_convert.calibrate.endtoend import model as routed_model
 from ir_convert.checkpoint import Checkpoint
 from ir_convert.routing import Routing
+from ir_convert.stream import Team
 
 SHORT = Descent(steps=4, batch=4, lr=3e-3)
 
@@ -61,7 +62,7 @@ def main() -> None:
         results["sharded"] = {"every pass": [torch.tensor(sharded).all()]}
     if PartialState().is_main_process:
         torch.save(results, out)
-    PartialState().destroy_process_group()
+    Team().disband()
 
 
 if __name__ == "__main__":
