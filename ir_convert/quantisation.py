@@ -67,7 +67,7 @@ class Quantisation:
     def calibrated(self) -> dict[str, Any]:
         """Returns what the calibration sees of the flags, by their names."""
         method = {"--int4-method": self.setting.method} if self.calibrate else {}
-        return {"--calibrate-quantised": self.calibrate} | method
+        return method | {"--calibrate-quantised": self.calibrate}
 
     def stored(self) -> dict[str, Any]:
         """Returns what the files see of them."""
