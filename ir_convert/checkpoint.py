@@ -89,7 +89,7 @@ class Checkpoint:
         rope.read_as_version_5(config)
         experts.read_as_version_5(config)
         require_supported(config)
-        checkpoint = cls(model, path, config, _shards(path))
+        checkpoint = cls(model, path, config, shards_of(path))
         require_whole(path, config, checkpoint.shards)
         return checkpoint
 
@@ -244,7 +244,8 @@ def _download(model: str) -> Path:
         ) from error
 
 
-def _shards(path: Path) -> dict[str, str]:
+def shards_of(path: Path) -> dict[str, str]:
+    """Returns the files of a checkpoint folder's tensors by the tensors' names; UserError where one is missing or damaged."""
     if (path / INDEX).is_file():
         try:
             shards = json.loads((path / INDEX).read_text("utf-8"))["weight_map"]

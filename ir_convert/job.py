@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, shards_of
 from .errors import UserError
 from .outputs import Output
 from .routing import Routing
@@ -36,6 +36,8 @@ class Job:
         if not all(file.exists() for file in (output.routing_file, *output.needed(checkpoint))):
             return False
         try:
+            if output.kind == "hf":
+                shards_of(output.path)
             return Routing.load(output.routing_file).metadata.get("job_sha256") == self.sha256
         except UserError:
             return False

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checkpoint import INDEX, SINGLE, TOKENIZER_FILES, Checkpoint
+from .checkpoint import TOKENIZER_FILES, Checkpoint
 from .errors import UserError
 
 FOREIGN = {
@@ -82,9 +82,9 @@ class Output:
         return [self.path.parent / name for name in names]
 
     def needed(self, checkpoint: Checkpoint) -> list[Path]:
-        """Returns the files without which the output is of no use."""
+        """Returns files without which the output is of no use; a checkpoint names its weights itself."""
         if self.kind == "hf":
-            return [self.path / "config.json", self.path / (SINGLE if (self.path / SINGLE).exists() else INDEX)]
+            return [self.path / "config.json"]
         if self.kind == "triton":
             model = self.path / self.model_file
             return [self.path / "config.pbtxt", model, model.with_name(f"{model.name}.data")]

@@ -117,6 +117,19 @@ def test_finished_is_not_repeated(model, unbroken, run):  # noqa: F811
     assert "exists" in err
 
 
+@pytest.mark.parametrize("lost", ["m.onnx.data", "genai_config.json", "hf/model.safetensors"])
+def test_what_lost_a_file_is_not_done(lost, model, run, tmp_path):  # noqa: F811
+    outs = [word for name in ("m.onnx", "hf") for word in ("--out", tmp_path / name)]
+    assert run(model, *OPTIONS, *outs)[0] == 0
+    assert "Already done" in run(model, *OPTIONS, *outs)[2]
+    (tmp_path / lost).unlink()
+    code, _, err = run(model, *OPTIONS, *outs)
+    assert code == 2
+    assert "exists: name another output, or give --overwrite" in err
+    assert run(model, *OPTIONS, *outs, "--overwrite")[0] == 0
+    assert (tmp_path / lost).is_file()
+
+
 def test_a_finished_calibration_is_written_another_way(model, tmp_path, run, monkeypatch):  # noqa: F811
     """What decides how files are written may change after the calibration: writing may have failed for it."""
     out, write = tmp_path / "m.onnx", Writing.write
