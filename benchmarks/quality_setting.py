@@ -53,7 +53,7 @@ def describe(
         "calibration": {
             "sha256": blocks.sha256,
             "tokens": {part: getattr(blocks, part).numel() for part in ("fit", "threshold", "test")},
-            "mixture": [{**row, "source": Path(str(row["source"])).name} for row in blocks.mixture()],
+            "mixture": blocks.mixture(),
         },
         "versions": {
             "python": platform.python_version(),

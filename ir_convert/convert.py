@@ -108,18 +108,17 @@ def convert(
     if logits not in LOGITS:
         raise UserError(f"--logits '{logits}' is not known: give {' or '.join(LOGITS)}")
     outputs = _outputs(out, target)
-    if (trace or logits != "all") and not any(output.is_onnx for output in outputs):
-        flag = "--trace" if trace else f"--logits {logits}"
-        raise UserError(f"{flag} is of ONNX files, and no output is one: name a .onnx output, or leave it out")
     quantisation = Quantisation(int4, int4_method, calibrate_quantised)
     quantisation.check(outputs, routing)
     writing = Writing(outputs, dtype, quantisation, trace, logits, overwrite)
+    writing.check_flags()
+    if routing is not None:
+        _check_ignored(routing, given)
     team = Team.assemble(processor)
     processor = team.device(processor)
     report = report if report and team.rank == 0 else Silent()
     checkpoint = Checkpoint.open(model)
     if routing is not None:
-        _check_ignored(routing, given)
         learned = _reuse(routing, checkpoint, sparsity)
         writing = replace(writing, quantisation=quantisation.of(learned))
         sizes = writing.write(checkpoint, learned, report) if team.rank == 0 else {}
@@ -145,7 +144,7 @@ def convert(
     blocks = read_blocks(sources, checkpoint.tokenizer, tokens, block_size, text_field)
     job = Job(
         {"ir-convert": __version__, "model": checkpoint.weights_sha256}
-        | {f"--{name.replace('_', '-')}": value for name, value in options.as_dict().items()}
+        | {_flag(name): value for name, value in options.as_dict().items()}
         | {"--tokens": tokens, "--block-size": block_size, "--calibration text": blocks.sha256}
         | {"--device": processor.type, "number of processes": team.size}
         | quantisation.calibrated(),
@@ -222,14 +221,16 @@ def _check_ignored(routing: Path, given: dict[str, Any]) -> None:
     defaults = inspect.signature(convert).parameters
     names = ("calibration", "text_field", "tokens", "block_size", *(field.name for field in fields(Options)))
     ignored = [
-        f"--{name.replace('_', '-')}"
-        for name in names
-        if name != "sparsity" and _plain(given[name]) != _plain(defaults[name].default)
+        _flag(name) for name in names if name != "sparsity" and _plain(given[name]) != _plain(defaults[name].default)
     ]
     if ignored:
         raise UserError(
             f"{', '.join(ignored)}: of a calibration, whose place --routing {routing} takes: leave them out"
         )
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _plain(value: Any) -> Any:

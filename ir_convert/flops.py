@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
+from .errors import UserError
 from .families import UNITS, family_of, projection_sizes
 from .units import Units
 
@@ -89,3 +90,9 @@ def forecaster_flops(hidden: int, rank: int) -> int:
 def router_flops(hidden: int, width: int) -> int:
     """FLOPs per token of a router."""
     return 2 * (hidden + 1) * width
+
+
+def require_share(sparsity: float) -> None:
+    """Raises UserError where a sparsity is no share of the FLOPs."""
+    if not 0 <= sparsity < 1:
+        raise UserError(f"sparsity {sparsity:g} is not in [0, 1): it is the share of FLOPs to save, e.g. 0.4")

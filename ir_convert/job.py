@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import Checkpoint, shards_of
+from .checkpoint import Checkpoint
 from .errors import UserError
 from .outputs import Output
 from .routing import Routing
@@ -33,11 +33,9 @@ class Job:
 
     def did(self, output: Output, checkpoint: Checkpoint) -> bool:
         """Tells whether an output stands there, none of its files missing, and was made by this very job."""
-        if not all(file.exists() for file in (output.routing_file, *output.needed(checkpoint))):
+        if not output.is_whole(checkpoint):
             return False
         try:
-            if output.kind == "hf":
-                shards_of(output.path)
             return Routing.load(output.routing_file).metadata.get("job_sha256") == self.sha256
         except UserError:
             return False

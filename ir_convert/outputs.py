@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checkpoint import TOKENIZER_FILES, Checkpoint
+from .checkpoint import TOKENIZER_FILES, Checkpoint, shards_of
 from .errors import UserError
 
 FOREIGN = {
@@ -81,14 +81,19 @@ class Output:
         names = [*beside, self.routing_file.name, f"{self.path.name}.data", self.path.name]
         return [self.path.parent / name for name in names]
 
-    def needed(self, checkpoint: Checkpoint) -> list[Path]:
-        """Returns files without which the output is of no use; a checkpoint names its weights itself."""
+    def is_whole(self, checkpoint: Checkpoint) -> bool:
+        """Tells whether the output stands there, and lacks no file without which it is of no use."""
+        needed = self.files(checkpoint)
         if self.kind == "hf":
-            return [self.path / "config.json"]
-        if self.kind == "triton":
+            needed = [self.path / "config.json"]
+            try:
+                shards_of(self.path)  # the weights that it names are there
+            except UserError:
+                return False
+        elif self.kind == "triton":
             model = self.path / self.model_file
-            return [self.path / "config.pbtxt", model, model.with_name(f"{model.name}.data")]
-        return self.files(checkpoint)
+            needed = [self.path / "config.pbtxt", model, model.with_name(f"{model.name}.data")]
+        return all(file.exists() for file in (self.routing_file, *needed))
 
     def write(self, fill: Callable[[Path], None]) -> int:
         """Has ``fill`` write into a temporary folder beside the output, then moves the result into place.

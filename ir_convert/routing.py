@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from .checkpoint import Lora
 from .errors import UserError
 from .files import sync
+from .flops import require_share
 from .units import Units, units_from_tensors, units_to_tensors
 
 FORMAT = 2
@@ -39,8 +40,7 @@ class Curve:
         Raises:
             UserError: it is no share, or no threshold saves that much.
         """
-        if not 0 <= sparsity < 1:
-            raise UserError(f"sparsity {sparsity:g} is not in [0, 1): it is the share of FLOPs to save, e.g. 0.4")
+        require_share(sparsity)
         if sparsity == 0:
             return -math.inf
         if sparsity > self.sparsity[-1] + 1e-9:
@@ -79,6 +79,12 @@ class Routing:
     def sparsity(self) -> float:
         """The sparsity that was asked for, the default of every artifact."""
         return self.metadata["sparsity"]
+
+    @property
+    def moved_from(self) -> float | None:
+        """The sparsity that the figures in the metadata are of, where the dial was moved afterwards; None where it was not."""
+        asked = self.metadata["test"]["asked"]
+        return asked if asked != self.sparsity else None
 
     @property
     def threshold(self) -> float:

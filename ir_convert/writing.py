@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from .checkpoint import Checkpoint
+from .errors import UserError
 from .export import hf, onnx
 from .export.onnx import triton
 from .outputs import Output, check_outputs
@@ -39,6 +40,12 @@ class Writing:
     def only(self, outputs: Sequence[Output]) -> "Writing":
         """Returns the same for other outputs."""
         return replace(self, outputs=outputs)
+
+    def check_flags(self) -> None:
+        """Raises UserError where a flag is of ONNX files, and there are none."""
+        if (self.trace or self.logits != "all") and not self._has_onnx:
+            flag = "--trace" if self.trace else f"--logits {self.logits}"
+            raise UserError(f"{flag} is of ONNX files, and no output is one: name a .onnx output, or leave it out")
 
     def check_dtype(self, kv_cache: str) -> None:
         """Raises UserError where ONNX Runtime has no kernels for a model of this precision."""

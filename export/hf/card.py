@@ -54,7 +54,9 @@ def _figures(routing: Routing) -> str:
     """Returns what the calibration measured on held-out text, or nothing if it did not."""
     if not (test := routing.metadata.get("test")):
         return ""
-    return f"""| on held-out text{_set_to(routing)} | dense | routed |
+    # A dial that was moved after the calibration has not been measured again.
+    set_to = "" if routing.moved_from is None else f", set to {routing.moved_from:.1%}"
+    return f"""| on held-out text{set_to} | dense | routed |
 |---|---|---|
 | perplexity (per token) | {test["perplexity_dense"]:.2f} | {test["perplexity"]:.2f} |
 | KL from dense (nats) | | {test["kl"]:.3f} |
@@ -63,12 +65,6 @@ def _figures(routing: Routing) -> str:
 | decisions approximated | | {test["decisions"]:.1%} |
 
 """
-
-
-def _set_to(routing: Routing) -> str:
-    """A dial that was moved after the calibration has not been measured again."""
-    asked = routing.metadata["test"]["asked"]
-    return f", set to {asked:.1%}" if asked != routing.sparsity else ""
 
 
 def _curve(routing: Routing) -> str:

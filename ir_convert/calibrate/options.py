@@ -8,7 +8,7 @@ from transformers import PretrainedConfig
 from ..choices import KV_CACHES, RECIPES
 from ..errors import UserError
 from ..families import UNITS
-from ..flops import Budget
+from ..flops import Budget, require_share
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,7 @@ class Options:
         Raises:
             UserError: an option is not possible.
         """
-        if not 0 <= self.sparsity < 1:
-            raise UserError(f"sparsity {self.sparsity:g} is not in [0, 1): it is the share of FLOPs to save, e.g. 0.4")
+        require_share(self.sparsity)
         for name, value, known in (
             ("recipe", self.recipe, RECIPES),
             ("kv-cache", self.kv_cache, KV_CACHES),

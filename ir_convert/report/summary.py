@@ -16,8 +16,8 @@ def summary(conversion: Conversion) -> Table:
     quantised = conversion.routing.quantised_units
     units = f", on int4 units ({quantised['method']})" if quantised else ""
     table = Table(title=f"{metadata['base_model']} routed{units}", show_header=True, title_justify="left")
-    moved = test["asked"] != conversion.routing.sparsity
-    table.add_column("on held-out text" + (f", set to {test['asked']:.1%}" if moved else ""))
+    moved_from = conversion.routing.moved_from
+    table.add_column("on held-out text" + ("" if moved_from is None else f", set to {moved_from:.1%}"))
     for name in ("dense", "routed"):
         table.add_column(name, justify="right")
     table.add_row("perplexity (per token)", f"{test['perplexity_dense']:.2f}", f"{test['perplexity']:.2f}")
@@ -36,8 +36,8 @@ def written(conversion: Conversion) -> list[str]:
     """Returns the lines after the table: sizes and time. A path that a table breaks over lines could not be copied."""
     lines = [f"wrote {path}  {_size(size)}" for path, size in conversion.sizes.items()]
     routing = conversion.routing
-    if (asked := routing.metadata["test"]["asked"]) != routing.sparsity:
-        lines.append(f"set to {routing.sparsity:.1%} now, which has not been measured: the table is of {asked:.1%}")
+    if (measured := routing.moved_from) is not None:
+        lines.append(f"set to {routing.sparsity:.1%} now, which has not been measured: the table is of {measured:.1%}")
     lines.append(f"time {conversion.seconds:.0f} s")
     named = ops.VARIABLE in os.environ  # or wanted away: it is empty then
     if any(path.suffix == ".onnx" for path in conversion.sizes) and not named and ops.find() is None:

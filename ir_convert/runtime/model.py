@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime as ort
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..checkpoint import TOKENIZER_FILES
 from ..errors import UserError, one_line
 from ..routing import Curve
 from .buffers import Buffers
+from .checks import require_sampling, tokens_of
 from .dtypes import NUMPY
 from .library import choose as choose_library
 from .loading import inspect, model_file
@@ -29,21 +30,6 @@ if TYPE_CHECKING:
 
 Cache = list[NDArray]
 _ERRORS_ONLY = 3
-
-
-def tokens_of(input_ids: ArrayLike) -> NDArray:
-    """Returns token ids ``[B, S]`` as int64; raises UserError where they are something else."""
-    try:
-        ids = np.asarray(input_ids)
-    except ValueError as error:
-        raise UserError("input_ids are texts of different lengths: pad them, with an attention_mask") from error
-    whole = np.issubdtype(ids.dtype, np.integer) or not ids.size
-    if ids.ndim != 2 or not whole or (ids < 0).any():
-        what = f"{ids.dtype} {list(ids.shape)}" + (" with negative ones" if whole and ids.ndim == 2 else "")
-        raise UserError(
-            f"input_ids are {what}: give token ids [texts, tokens], as a tokenizer with return_tensors='np' does"
-        )
-    return ids.astype(np.int64)
 
 
 @dataclass
@@ -276,6 +262,7 @@ class OnnxModel:
         Yields:
             The next token of every text, int64 ``[B]``; one that has ended repeats its last token.
         """
+        require_sampling(temperature, top_k, top_p)
         tokens = tokens_of(input_ids)
         mask = np.ones_like(tokens) if attention_mask is None else np.asarray(attention_mask, np.int64)
         if not tokens.size:

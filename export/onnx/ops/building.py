@@ -13,7 +13,6 @@ from .library import NAME, SOURCES, location
 
 CONTEXT = 4  # lines of a failed build that its error shows
 HEADERS = "IR_ORT_HEADERS"  # names a folder of ONNX Runtime's own headers: holds the binding of its C API against them
-
 STRICT = "IR_STRICT"  # makes warnings errors
 
 
