@@ -152,7 +152,7 @@ class DensePasses(Work, Silent):
             self._results[step] = result
 
     @contextmanager
-    def stage(self, name: str, steps: int, tokens: int = 0) -> Iterator[Callable[[], None]]:
+    def stage(self, name: str, steps: int, tokens: int = 0, done: int = 0) -> Iterator[Callable[[], None]]:
         start, dense = _now(), name in ("forward", "backward") and f"{name}.{steps - 1}" not in self._results
         yield lambda: None
         if dense:

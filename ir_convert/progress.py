@@ -12,8 +12,11 @@ class Reporter(Protocol):
     """Shows stages of work."""
 
     @contextmanager
-    def stage(self, name: str, steps: int, tokens: int = 0) -> Iterator[Callable[[], None]]:
-        """Opens a stage of ``steps`` steps, each over ``tokens`` tokens; yields what to call after each step."""
+    def stage(self, name: str, steps: int, tokens: int = 0, done: int = 0) -> Iterator[Callable[[], None]]:
+        """Opens a stage of ``steps`` steps, each over ``tokens`` tokens; yields what to call after each step.
+
+        ``done`` of them an earlier run did: they count as progress, not as speed.
+        """
         ...
 
     def note(self, text: str) -> None:
@@ -25,7 +28,7 @@ class Silent:
     """Shows nothing."""
 
     @contextmanager
-    def stage(self, name: str, steps: int, tokens: int = 0) -> Iterator[Callable[[], None]]:
+    def stage(self, name: str, steps: int, tokens: int = 0, done: int = 0) -> Iterator[Callable[[], None]]:
         yield lambda: None
 
     def note(self, text: str) -> None:
@@ -42,7 +45,7 @@ class Bars:
         self._console.print(text, highlight=False, soft_wrap=True)
 
     @contextmanager
-    def stage(self, name: str, steps: int, tokens: int = 0) -> Iterator[Callable[[], None]]:
+    def stage(self, name: str, steps: int, tokens: int = 0, done: int = 0) -> Iterator[Callable[[], None]]:
         columns = (
             TextColumn("{task.description:<22}"),
             BarColumn(bar_width=24),
@@ -52,13 +55,13 @@ class Bars:
             TimeRemainingColumn(elapsed_when_finished=True),
         )
         with Progress(*columns, console=self._console) as progress:
-            task = progress.add_task(name, total=steps, rate="")
+            task = progress.add_task(name, total=steps, completed=done, rate="")
 
             def advance() -> None:
                 progress.advance(task)
                 elapsed = progress.tasks[0].elapsed or 0
                 if tokens and elapsed:
-                    rate = progress.tasks[0].completed * tokens / elapsed
+                    rate = (progress.tasks[0].completed - done) * tokens / elapsed
                     progress.update(task, rate=f"{rate:,.0f} tokens/s")
 
             yield advance

@@ -53,9 +53,7 @@ def sweep(
     if not results:
         start(kept[-1])
         kept[-1].finish()
-    with report.stage(name, count, tokens) as advance:
-        for _ in results:
-            advance()
+    with report.stage(name, count, tokens, len(results)) as advance:
         for place in range(len(results), count):
             target = states(place + 1)
             result = step(order[place], decoder.layer(order[place]), kept[-1], target)
