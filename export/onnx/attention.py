@@ -79,6 +79,8 @@ def routed(op: OpBuilder, x: Inputs) -> list[ir.Value]:
             return [op.GatherND(y, rows), key, value]
 
         attend = _attends(op, x, rows, turned, lambda op, _: x["mask"])
+        # Counted anew: of a value from outside of a branch, CUDA's provider does not know that it lies with the host.
+        some = op.Greater(op.Size(rows), 0)
         return _cached(op, x, *new, attend, op.And(some, op.Equal(op.Shape(x["execute"], start=1), 1)), together)
 
     def others(op: OpBuilder) -> Sequence[ir.Value]:
@@ -251,9 +253,19 @@ def _core(
     """
     if length is not None:
         key, value = (op.Slice(part, [0], length, [2]) for part in (key, value))
+    if query.dtype != ir.DataType.FLOAT:
+        # CUDA's attention that does not keep all scores in memory wants a multiple of 4 slots.
+        missing = op.Mod(op.Neg(op.Shape(mask, start=3)), 4)  # [1]
+        key, value, mask = (_widened(op, *part, missing) for part in ((key, 2), (value, 2), (mask, 3)))
     scores = {name: reference(name, name, ir.AttributeType.FLOAT) for name in ("scale", "softcap")}
     y = op.Attention(_by_head(op, query, QUERIES), key, value, mask, **scores)
     return merge_heads(op, op.Transpose(y, perm=[0, 2, 1, 3]), QUERIES)
+
+
+def _widened(op: OpBuilder, y: ir.Value, axis: int, by: ir.Value) -> ir.Value:
+    """Appends ``by[1]`` zeros along an axis. (Pad has no bfloat16.)"""
+    shape = op.Concat(op.Shape(y, end=axis), by, op.Shape(y, start=axis + 1), axis=0)
+    return op.Concat(y, op.Expand(op.CastLike(0, y), shape), axis=axis)
 
 
 def _step(op: OpBuilder, x: Inputs, query: ir.Value, key: ir.Value, value: ir.Value) -> list[ir.Value]:

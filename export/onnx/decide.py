@@ -21,12 +21,12 @@ def ranked(op: OpBuilder, x: Inputs) -> list[ir.Value]:
         return _together(op, x)
     code = _silu(op, op.Add(op.MatMul(x["h"], x["down_weight"]), x["down_bias"]))
     forecast = op.Add(op.MatMul(code, x["up_weight"]), x["up_bias"])
-    return [forecast, *_decision(op, x, _hidden(op, x))]
+    return [forecast, *_decision(op, x, _score(op, x))]
 
 
 def constant(op: OpBuilder, x: Inputs) -> list[ir.Value]:
     """up_bias -> forecast;  h -> hidden -> silu -> out -> score > threshold -> execute"""
-    return [op.Expand(x["up_bias"], op.Shape(x["h"])), *_decision(op, x, _hidden(op, x))]
+    return [op.Expand(x["up_bias"], op.Shape(x["h"])), *_decision(op, x, _score(op, x))]
 
 
 def _together(op: OpBuilder, x: Inputs) -> list[ir.Value]:
@@ -46,8 +46,7 @@ def _together(op: OpBuilder, x: Inputs) -> list[ir.Value]:
     up = op.Concat(x["up_weight"], zeros(w, d), op.Unsqueeze(x["up_bias"], [0]), axis=0)
     out = op.Concat(zeros(r), x["out_weight"], x["out_bias"], axis=0)
     code = _silu(op, op.Add(op.MatMul(x["h"], first), bias))
-    score = op.MatMul(code, out)
-    return [op.MatMul(code, up), op.Greater(score, x["threshold"]), score]
+    return [op.MatMul(code, up), *_decision(op, x, _product(op, code, out))]
 
 
 def quantised(op: OpBuilder, x: Inputs) -> list[ir.Value]:
@@ -76,18 +75,24 @@ def quantised(op: OpBuilder, x: Inputs) -> list[ir.Value]:
     parts = op.Concat(rank, op.Sub(op.Shape(bias), rank), axis=0)
     forecaster, router = op.Split(code, parts, axis=-1, _outputs=["forecaster", "router"])
     forecast = product(forecaster, x["up_weight"], x["up_scales"], x["up_bias"], "hidden_size", "rank")
-    score = op.MatMul(router, op.Concat(x["out_weight"], x["out_bias"], axis=0))
-    return [forecast, op.Greater(score, x["threshold"]), score]
+    score = _product(op, router, op.Concat(x["out_weight"], x["out_bias"], axis=0))
+    return [forecast, *_decision(op, x, score)]
 
 
-def _hidden(op: OpBuilder, x: Inputs) -> ir.Value:
+def _score(op: OpBuilder, x: Inputs) -> ir.Value:
+    """h -> hidden -> silu -> out -> score, in float32"""
     h = x["h"] if x["h"].dtype == ir.DataType.FLOAT else op.Cast(x["h"], to=ir.DataType.FLOAT)
-    return _silu(op, op.Add(op.MatMul(h, x["hidden_weight"]), x["hidden_bias"]))
+    hidden = _silu(op, op.Add(op.MatMul(h, x["hidden_weight"]), x["hidden_bias"]))
+    return op.Add(_product(op, hidden, x["out_weight"]), x["out_bias"])
 
 
-def _decision(op: OpBuilder, x: Inputs, hidden: ir.Value) -> list[ir.Value]:
-    """``[B, S, w]`` -> execute, score"""
-    score = op.Add(op.MatMul(hidden, x["out_weight"]), x["out_bias"])
+def _product(op: OpBuilder, code: ir.Value, weight: ir.Value) -> ir.Value:
+    """``[B, S, w]`` * ``[w]`` -> ``[B, S]``, by a column: a vector would make one product for each token of it."""
+    return op.Squeeze(op.MatMul(code, op.Unsqueeze(weight, [1])), [-1])
+
+
+def _decision(op: OpBuilder, x: Inputs, score: ir.Value) -> list[ir.Value]:
+    """score ``[B, S]`` -> execute, score"""
     return [op.Greater(score, x["threshold"]), score]
 
 

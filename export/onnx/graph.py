@@ -133,7 +133,7 @@ class _Decoder:
         new = new_tokens(op, real, self.slots.first)
         self.token_threshold = token_threshold(op, new, threshold)
         self.rotations = rotations(op, config, position_ids, self.ir_dtype)
-        masks = attention_masks(op, real, self.slots.first, set(windows))
+        masks = attention_masks(op, real, self.slots.places, set(windows))
         biases = step_biases(op, masks, self.ir_dtype)
 
         family = self.checkpoint.family

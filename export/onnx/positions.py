@@ -11,11 +11,11 @@ INT32 = ir.DataType.INT32
 
 
 def attention_masks(
-    op: OpBuilder, real: ir.Value, first: ir.Value, windows: set[int | None]
+    op: OpBuilder, real: ir.Value, places: ir.Value, windows: set[int | None]
 ) -> dict[int | None, ir.Value]:
     """Builds one mask ``bool[B, S, T]`` for each distinct sliding window, from which tokens are ``real[B, T]``.
 
-        real -> Shape -> Range: place of every key [T] -> Slice(first): place of every query [S]
+        real -> Shape -> Range: place of every key [T]
         visible = key <= query  (and count[key] > count[query] - window)  and (real[key] or key = query)
 
     Places are cache slots, padding included, so padding may be anywhere: left, right, or, as onnxruntime-genai's batches
@@ -23,20 +23,20 @@ def attention_masks(
     saw nothing would turn into NaN, which reaches real tokens through the next layer's values.
 
     Args:
-        first: ``int64[1]``: the place of the first new token.
+        places: ``int64[S]``: those of the new tokens, which are the queries.
     """
     counts = op.CumSum(op.Cast(real, to=ir.DataType.INT64), 1) if windows - {None} else None  # [B, T]
     real = op.Unsqueeze(real, [1])  # [B, 1, T]
     total = op.Squeeze(op.Shape(real, start=2, end=3))
     keys = op.Range(0, total, 1)
-    queries = op.Unsqueeze(op.Slice(keys, first, [END]), [1])  # [S, 1]
+    queries = op.Unsqueeze(places, [1])  # [S, 1]
     causal = op.LessOrEqual(keys, queries)  # [S, T]
     real = op.Or(real, op.Equal(keys, queries))  # [B, S, T]
     masks = {}
     for window in sorted(windows, key=lambda window: window or math.inf):
         visible = causal
         if window is not None:
-            own = op.Unsqueeze(op.Slice(counts, first, [END], [1]), [2])  # [B, S, 1]
+            own = op.Unsqueeze(op.Gather(counts, places, axis=1), [2])  # [B, S, 1]
             visible = op.And(causal, op.Greater(op.Unsqueeze(counts, [1]), op.Sub(own, window)))
         masks[window] = op.And(real, visible, _outputs=[f"attention.visible{_suffix(window)}"])
     return masks
@@ -61,12 +61,14 @@ class Slots(NamedTuple):
 
     Attributes:
         first: T - S, the slot of the first new token, ``int64[1]``.
-        start: the same for every sequence, ``int32[B]``.
+        places: the slots of all new tokens, T - S to T - 1, ``int64[S]``.
+        start: the first of them for every sequence, ``int32[B]``.
         total: T, ``int32[1]``.
         step: whether the call appends one token of one sequence to caches with room, ``bool[1]``.
     """
 
     first: ir.Value
+    places: ir.Value
     start: ir.Value
     total: ir.Value
     step: ir.Value
@@ -76,10 +78,14 @@ def slots(op: OpBuilder, input_ids: ir.Value, attention_mask: ir.Value, past: ir
     """Finds them from input_ids ``[B, S]``, attention_mask ``[B, T]`` and any layer's past keys ``[B, K, P, D]``."""
     end = op.Shape(attention_mask, start=1, end=2)  # [1]
     first = op.Sub(end, op.Shape(input_ids, start=1, end=2))
-    start = op.Expand(op.Cast(first, to=INT32), op.Shape(input_ids, end=1), _outputs=["attention.start"])
+    # On a GPU a Range reads its limits on the host and gives its numbers on the device; first itself would have to be copied,
+    # and of a model with copies ONNX Runtime captures no CUDA graph.
+    places = op.Range(op.Squeeze(first), op.Squeeze(end), 1)
+    start = op.Cast(op.Slice(places, [0], [1]), to=INT32)
+    start = op.Expand(start, op.Shape(input_ids, end=1), _outputs=["attention.start"])
     total = op.Cast(end, to=INT32, _outputs=["attention.total"])
     room = op.LessOrEqual(end, op.Shape(past, start=2, end=3))
-    return Slots(first, start, total, op.And(op.Equal(op.Size(input_ids), 1), room, _outputs=["attention.step"]))
+    return Slots(first, places, start, total, op.And(op.Equal(op.Size(input_ids), 1), room, _outputs=["attention.step"]))
 
 
 def new_tokens(op: OpBuilder, real: ir.Value, first: ir.Value) -> ir.Value:

@@ -19,8 +19,8 @@ def build() -> ort.InferenceSession:
     graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name="masks")
     builder = GraphBuilder(graph)
     real = builder.input("real", ir.DataType.BOOL, ["batch", "total"])
-    past = builder.input("past", ir.DataType.INT64, [1])
-    masks = attention_masks(builder.op, real, past, set(WINDOWS))
+    places = builder.input("places", ir.DataType.INT64, ["new"])
+    masks = attention_masks(builder.op, real, places, set(WINDOWS))
     for window in WINDOWS:
         masks[window].name, masks[window].type = f"mask.{window}", ir.TensorType(ir.DataType.BOOL)
         graph.outputs.append(masks[window])
@@ -39,7 +39,7 @@ def test_masks(batch, past, new, seed):
     real = torch.rand(batch, total, generator=torch.Generator().manual_seed(seed)) < 0.6
     keys = torch.arange(total)
     queries = keys[past:, None]
-    got = SESSION.run(None, {"real": real.numpy(), "past": np.array([past])})
+    got = SESSION.run(None, {"real": real.numpy(), "places": np.arange(past, total)})
     for window, mask in zip(WINDOWS, got, strict=True):
         counts = real.long().cumsum(1)
         near = counts[:, None] > counts[:, past:, None] - (window or total + 1)
