@@ -85,7 +85,9 @@ def slots(op: OpBuilder, input_ids: ir.Value, attention_mask: ir.Value, past: ir
     start = op.Expand(start, op.Shape(input_ids, end=1), _outputs=["attention.start"])
     total = op.Cast(end, to=INT32, _outputs=["attention.total"])
     room = op.LessOrEqual(end, op.Shape(past, start=2, end=3))
-    return Slots(first, places, start, total, op.And(op.Equal(op.Size(input_ids), 1), room, _outputs=["attention.step"]))
+    return Slots(
+        first, places, start, total, op.And(op.Equal(op.Size(input_ids), 1), room, _outputs=["attention.step"])
+    )
 
 
 def new_tokens(op: OpBuilder, real: ir.Value, first: ir.Value) -> ir.Value:
