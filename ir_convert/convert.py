@@ -137,7 +137,7 @@ def convert(
         seed=seed,
     ).settled(checkpoint.config)
     check_reachable(checkpoint, options)
-    writing.check_dtype(kv_cache)
+    writing.check_dtype()
     # Those that exist may turn out to be this very job's, so they wait.
     writing.only([output for output in outputs if not output.routing_file.is_file()]).check(checkpoint)
     sources = [Source.parse(text) for text in calibration]

@@ -47,10 +47,10 @@ class Writing:
             flag = "--trace" if self.trace else f"--logits {self.logits}"
             raise UserError(f"{flag} is of ONNX files, and no output is one: name a .onnx output, or leave it out")
 
-    def check_dtype(self, kv_cache: str) -> None:
+    def check_dtype(self) -> None:
         """Raises UserError where ONNX Runtime has no kernels for a model of this precision."""
         if self._has_onnx:
-            onnx.check_dtype(self._dtype or torch.float32, kv_cache)
+            onnx.check_dtype(self._dtype or torch.float32)
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Raises UserError where an output exists, has no room, or cannot hold this model."""
@@ -64,7 +64,7 @@ class Writing:
         Raises:
             UserError: one line that says what is wrong; that output has not been touched then.
         """
-        self.check_dtype(routing.kv_cache)
+        self.check_dtype()
         self.check(checkpoint)
         for line in self.quantisation.warnings(routing, self.outputs):
             report.note(line)

@@ -25,7 +25,6 @@ from ir_convert.routing import Routing
             ["--calibrate-quantised", "--out", "{out}.safetensors", "--routing", "r.safetensors"],
             "whose place --routing takes",
         ),
-        (["--dtype", "bfloat16", "--kv-cache", "strict", "--out", "{out}.onnx"], "no bfloat16 kernels"),
     ],
 )
 def test_one_clear_line_and_nothing_written(arguments, message, run, base, tmp_path):  # noqa: F811

@@ -20,24 +20,19 @@ from .int4 import Int4
 
 __all__ = ["check_dtype", "check_model", "write"]
 
-# ONNX Runtime 1.31 has CUDA kernels for all that the graph does in bfloat16, by its kernel registry, but for ReduceMax and
-# Greater of a strict KV cache; its CPU provider has none for MatMul, Add, Mul and Sigmoid.
+# ONNX Runtime 1.31 has CUDA kernels for all that the graph does in bfloat16; its CPU provider has none for MatMul, Add, Mul and
+# Sigmoid.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Shape constants must stay inside the model file, so only tensors from this size on go to the data file.
 INLINE_BYTES = 1024
 PAGE = 4096
 
 
-def check_dtype(dtype: torch.dtype, kv_cache: str) -> None:
+def check_dtype(dtype: torch.dtype) -> None:
     """Raises UserError where ONNX Runtime has no kernels for a model of this precision."""
     if dtype not in DTYPES:
         known = " or ".join(str(known).removeprefix("torch.") for known in DTYPES)
         raise UserError(f"dtype {str(dtype).removeprefix('torch.')} is not supported in ONNX; choose {known}")
-    if dtype == torch.bfloat16 and kv_cache == "strict":
-        raise UserError(
-            "ONNX Runtime has no bfloat16 kernels for what a strict KV cache needs: give --dtype float32 or float16, or "
-            "--kv-cache full"
-        )
 
 
 def check_model(config: PretrainedConfig, int4: bool) -> None:
@@ -80,7 +75,7 @@ def write(
     Raises:
         UserError: the dtype or the model is not supported, or a weight is damaged.
     """
-    check_dtype(dtype, routing.kv_cache)
+    check_dtype(dtype)
     check_model(checkpoint.config, int4 is not None)
     layers = checkpoint.config.num_hidden_layers
     if foreign := [layer for layer, _ in routing.units if layer >= layers]:

@@ -20,6 +20,7 @@ from .body import (
     count,
     either,
     executed,
+    largest,
     linear,
     merge_heads,
     reference,
@@ -102,7 +103,9 @@ def strict(op: OpBuilder, x: Inputs) -> list[ir.Value]:
         return op.ScatterND(op.Expand(op.CastLike(0.0, h), shape), rows, linear(op, h, x, name))  # [B, S, K D]
 
     def visible(op: OpBuilder, key: ir.Value) -> ir.Value:
-        kept = op.Greater(op.ReduceMax(op.Abs(key), [1, 3], keepdims=0), op.CastLike(0.0, key))  # [B, slots]
+        sums = op.Transpose(op.ReduceSum(op.Abs(key), [3], keepdims=0), perm=[0, 2, 1])  # [B, slots, K]
+        # Along the last axis only, for else a GPU would need cuDNN.
+        kept = op.Cast(op.ReduceSum(sums, [2], keepdims=0), to=ir.DataType.BOOL)  # [B, slots]
         kept = op.Slice(kept, [0], op.Shape(x["mask"], start=2), [1])  # [B, T]
         return op.And(x["mask"], op.Unsqueeze(kept, [1]))
 
@@ -225,7 +228,7 @@ def _attends(
 
         def several(op: OpBuilder) -> ir.Value:
             counts = op.ReduceSum(op.Cast(x["execute"], to=ir.DataType.INT64), [1], keepdims=1)  # [B, 1]
-            ranks = op.Range(0, op.ReduceMax(counts, keepdims=0), 1)  # [W]
+            ranks = op.Range(0, op.Squeeze(largest(op, counts, 0)), 1)  # [W]
             used = op.Less(ranks, counts)  # [B, W]
             slots = op.Where(used, op.Add(op.CumSum(counts, 0, exclusive=1), ranks), 0)  # [B, W]: which of the n rows
             places = op.Gather(op.Squeeze(rows, [0]), slots)  # [B, W, 2]

@@ -98,6 +98,12 @@ def merge_heads(op: OpBuilder, y: ir.Value, heads: str) -> ir.Value:
     return op.Reshape(y, op.Concat([0, 0], op.Mul(count(op, heads), count(op, "head_dim")), axis=0))
 
 
+def largest(op: OpBuilder, x: ir.Value, axis: int) -> ir.Value:
+    """The largest number along an axis, which stays, of size 1. (ReduceMax needs cuDNN on a GPU, this does not.)"""
+    values, _ = op.TopK(x, [1], axis=axis, sorted=0, _outputs=2)
+    return values
+
+
 def count(op: OpBuilder, attribute: str) -> ir.Value:
     """The value of one of the function's attributes, ``[1]``."""
     count = op.Constant(value_int=reference("value_int", attribute, ir.AttributeType.INT))

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import onnx_ir as ir
 from onnxscript import OpBuilder
 
+from .body import largest
+
 END = 2**63 - 1
 INT32 = ir.DataType.INT32
 
@@ -98,7 +100,7 @@ def new_tokens(op: OpBuilder, real: ir.Value, first: ir.Value) -> ir.Value:
 def last_tokens(op: OpBuilder, x: ir.Value, new: ir.Value) -> ir.Value:
     """x ``[B, S, d]`` -> ``[B, 1, d]``: each sequence's last token of those that are ``new[B, S]``, wherever its padding is."""
     places = op.Range(0, op.Squeeze(op.Shape(new, start=1, end=2)), 1)
-    last = op.ReduceMax(op.Where(new, places, 0), [1], keepdims=1)  # [B, 1]
+    last = largest(op, op.Where(new, places, 0), 1)  # [B, 1]
     return op.GatherND(x, op.Unsqueeze(last, [2]), batch_dims=1, _outputs=["last_tokens"])
 
 

@@ -12,6 +12,8 @@ from ir_convert.errors import UserError
 from ir_convert.families import family_of
 from ir_convert.rope import SLIDING, rope_parameters
 
+from .body import largest
+
 LONG = "longrope"
 
 
@@ -92,7 +94,7 @@ def _rotation(op: OpBuilder, found: Frequencies, position_ids: ir.Value, dtype: 
     inverse = op.initializer(ir.tensor(found.inverse.numpy()), f"{name}.frequencies")
     if found.long is not None:
         # Each text by its own length, as it would be alone.
-        last = op.Unsqueeze(op.ReduceMax(position_ids, [1], keepdims=1), [-1])  # [B, 1, 1]
+        last = op.Unsqueeze(largest(op, position_ids, 1), [-1])  # [B, 1, 1]
         long = op.initializer(ir.tensor(found.long.numpy()), f"{name}.long_frequencies")
         inverse = op.Where(op.GreaterOrEqual(last, found.bound), long, inverse)  # [B, 1, R / 2]
     positions = op.Unsqueeze(op.Cast(position_ids, to=ir.DataType.FLOAT), [-1])

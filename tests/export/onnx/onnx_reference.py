@@ -105,22 +105,29 @@ def batches(draw: st.DrawFn) -> Batch:
     return Batch(ids, mask, pieces)
 
 
-def product_shapes(model: OnnxModel, batch: Batch, threshold: float, folder: Path) -> list[list[int]]:
-    """Returns the output shape of every matrix product that ONNX Runtime ran inside the routed units, by its own profile.
-
-    One that is followed by a factor runs as FusedMatMul.
-    """
+def profile(model: OnnxModel, batch: Batch, threshold: float, folder: Path) -> list[dict[str, Any]]:
+    """Returns every node that ONNX Runtime ran, by its own profile."""
     options = ort.SessionOptions()
     options.enable_profiling, options.profile_file_prefix = True, str(folder / "profile")
     profiled = OnnxModel.load(model.path, ["CPUExecutionProvider"], threads=1, threshold=threshold, options=options)
     run_pieces(profiled, batch)
     with open(profiled.session.end_profiling()) as file:
-        events = [event for event in json.load(file) if event.get("args", {}).get("op_name") in PRODUCTS]
+        return [event for event in json.load(file) if "op_name" in event.get("args", {})]
+
+
+def product_shapes(model: OnnxModel, batch: Batch, threshold: float, folder: Path) -> list[list[int]]:
+    """Returns the output shape of every matrix product that ONNX Runtime ran inside the routed units.
+
+    One that is followed by a factor runs as FusedMatMul.
+    """
     shapes = []
-    for event in events:
-        (shape,) = event["args"]["output_type_shape"][0].values()
-        if "_inlfunc_" in event["name"] and "_inlfunc_Decide" not in event["name"]:
-            shapes.append(shape)
+    for event in profile(model, batch, threshold, folder):
+        if (
+            event["args"]["op_name"] in PRODUCTS
+            and "_inlfunc_" in event["name"]
+            and "_inlfunc_Decide" not in event["name"]
+        ):
+            shapes += event["args"]["output_type_shape"][0].values()
     return shapes
 
 

@@ -4,7 +4,6 @@ from collections import defaultdict
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import pytest
 import torch
 from models import random_routing, save_random
@@ -13,7 +12,6 @@ from onnx.inliner import inline_local_functions
 from ir_convert.checkpoint import Checkpoint
 from ir_convert.errors import UserError
 from ir_convert.export.onnx import write
-from ir_convert.export.onnx.graph import decoder
 from ir_convert.runtime import OnnxModel
 
 # Operators of opset 24 with a bfloat16 kernel in the CUDA provider of ONNX Runtime 1.31, from its kernel registry. CastLike
@@ -90,9 +88,11 @@ def checkpoint(request, tmp_path_factory) -> Checkpoint:
     return Checkpoint.open(str(path))
 
 
+@pytest.mark.parametrize("kv_cache", ["full", "strict"])
 @pytest.mark.parametrize("logits", ["all", "last"])
-def test_every_operator_has_a_kernel(logits, checkpoint, tmp_path):
-    write(checkpoint, random_routing(checkpoint), tmp_path, "m.onnx", torch.bfloat16, logits=logits)
+def test_every_operator_has_a_kernel(logits, kv_cache, checkpoint, tmp_path):
+    routing = random_routing(checkpoint, kv_cache=kv_cache)
+    write(checkpoint, routing, tmp_path, "m.onnx", torch.bfloat16, logits=logits)
     onnx.checker.check_model(tmp_path / "m.onnx", full_check=True)
     model = onnx.load(tmp_path / "m.onnx")
     used = operators(model)
@@ -111,10 +111,3 @@ def test_weights_are_rounded(checkpoint, tmp_path):
     expected = checkpoint.read(name).bfloat16().float().T.numpy()
     np.testing.assert_array_equal(onnx.numpy_helper.to_array(written[name]).astype(np.float32), expected)
     assert {tensor.data_type for key, tensor in written.items() if ".router." in key} == {onnx.TensorProto.FLOAT}
-
-
-def test_what_a_strict_cache_lacks(checkpoint, tmp_path):
-    """Why ``check_dtype`` refuses it; where this fails, it may be that it need not any more."""
-    model = decoder(checkpoint, random_routing(checkpoint, kv_cache="strict"), torch.bfloat16)
-    ir.save(model, tmp_path / "m.onnx")
-    assert operators(onnx.load(tmp_path / "m.onnx")) - ON_CUDA == {"Greater", "ReduceMax"}

@@ -201,9 +201,6 @@ def test_refusals(random_model, tmp_path):
     _, _, checkpoint, routing = random_model
     with pytest.raises(UserError, match="float64 is not supported in ONNX; choose float32 or float16 or bfloat16"):
         write(checkpoint, routing, tmp_path, "m.onnx", dtype=torch.float64)
-    strict = replace(routing, metadata=routing.metadata | {"kv_cache": "strict"})
-    with pytest.raises(UserError, match="no bfloat16 kernels for what a strict KV cache needs"):
-        write(checkpoint, strict, tmp_path, "m.onnx", dtype=torch.bfloat16)
     long = replace(routing, units=routing.units | {(4, "mlp"): routing.units[0, "mlp"]})
     with pytest.raises(UserError, match=r"for 5 layers.*has 3"):
         write(checkpoint, long, tmp_path, "m.onnx")
