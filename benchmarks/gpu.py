@@ -212,14 +212,13 @@ def add_graphs(
     prefix: str,
     notes: list[str],
 ) -> None:
-    """Adds sessions that capture CUDA graphs: of the dense model and of the native kernels; a note says what cannot be.
+    """Adds sessions that capture CUDA graphs: of both models, by native kernels; a note says what cannot be.
 
-    Functions are left out: their branches and their counts of executed rows are the host's to decide.
+    Functions are left out: their branches, and their counts of executed rows, are the host's to decide.
     """
-    wanted = {"own_graph": ("own", None)} | ({"native_graph": ("routed", library)} if library else {})
-    for name, (model, own) in wanted.items():
+    for name, model in {"own_graph": "own", "native_graph": "routed"}.items() if library else ():
         try:
-            sessions[name] = open_session(models[model], "cuda", 1, library=own, graph=True)
+            sessions[name] = open_session(models[model], "cuda", 1, library=library, graph=True)
         except Exception as error:  # onnxruntime's exceptions share no base class of their own
             notes.append(f"{prefix}{name}: {str(error).splitlines()[0]}")
 

@@ -129,9 +129,10 @@ class Runner:
         graph: bool = False,
     ) -> None:
         self._session, self._point, self._device, self._clock = session, point, device, CLOCKS[clock]
-        self.options = ort.RunOptions()
-        # Every step has buffers of its own, and so a CUDA graph of its own.
-        self._graphs = [next(_GRAPHS) for _ in steps] if graph else []
+        self.options = [ort.RunOptions() for _ in steps]
+        if graph:  # every step has buffers of its own, and so a CUDA graph of its own
+            for options in self.options:
+                options.add_run_config_entry("gpu_graph_id", str(next(_GRAPHS)))
         self._kept: list[ort.OrtValue] = []  # a bound value on the CPU is the array's own memory
         self._cache = Cache(session, config, point, in_place, device)
         self._logits = room_for_logits(session, config, point, device) if logits is None else logits
@@ -156,9 +157,7 @@ class Runner:
         return self._logits.numpy()
 
     def _run(self, step: int) -> None:
-        if self._graphs:
-            self.options.add_run_config_entry("gpu_graph_id", str(self._graphs[step]))
-        self._session.run_with_iobinding(self._bindings[step], self.options)
+        self._session.run_with_iobinding(self._bindings[step], self.options[step])
         self._bindings[step].synchronize_outputs()
 
     def _bind(self, ids: NDArray[np.int64], saved: ort.OrtValue, threshold: float | None) -> ort.IOBinding:
@@ -209,7 +208,7 @@ def supports_in_place(session: ort.InferenceSession, config: PretrainedConfig, d
         found = []
         for in_place in (False, True):
             runner = Runner(session, config, point, ids, threshold, in_place, device)
-            runner.options.log_severity_level = _NOTHING
+            runner.options[0].log_severity_level = _NOTHING
             runner()
             found.append(runner.logits().astype(np.float32))
     except Exception:  # onnxruntime's exceptions share no base class of their own

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from ir_convert.families import UNITS
 from ir_convert.flops import Budget
 from ir_convert.routing import Curve
 from ir_convert.runtime import OnnxModel
+from ir_convert.runtime.loading import inspect, warn_if_slow
 
 NO_END: tuple[int, ...] = ()
 
@@ -267,3 +269,23 @@ def test_trace(tmp_path):
     }
     assert model.saved == pytest.approx(budget.sparsity(rates), abs=1e-5)
     assert any(0.05 < rate < 0.95 for rate in rates.values())
+
+
+@pytest.mark.parametrize(
+    ("kv_cache", "dtype", "provider", "library", "warned"),
+    [
+        ("full", torch.float32, "CUDAExecutionProvider", None, True),
+        ("full", torch.float32, "CUDAExecutionProvider", Path("libir_ops.so"), False),
+        ("full", torch.float16, "CUDAExecutionProvider", None, False),
+        ("full", torch.float32, "CPUExecutionProvider", None, False),
+        ("strict", torch.float32, "CUDAExecutionProvider", None, False),  # its steps know no GroupQueryAttention
+    ],
+)
+def test_warns_of_slow_steps_on_a_gpu(kv_cache, dtype, provider, library, warned, tmp_path):
+    save_random("llama", tmp_path / "base")
+    checkpoint, folder = Checkpoint.open(str(tmp_path / "base")), tmp_path / "onnx"
+    folder.mkdir()
+    write(checkpoint, random_routing(checkpoint, kv_cache=kv_cache), folder, "m.onnx", dtype)
+    with warnings.catch_warnings(record=True) as caught:
+        warn_if_slow(inspect(folder / "m.onnx"), [provider], library)
+    assert [("--dtype float16" in str(warning.message)) for warning in caught] == [True] * warned

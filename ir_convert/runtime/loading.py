@@ -1,6 +1,8 @@
 """Finds a model's files and sees that they are whole, before a session reads them."""
 
 import json
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 from google.protobuf.message import DecodeError
 
 from ..errors import UserError
+from ..export.onnx.ops import BUILD
 
 _DTYPES = {
     onnx.TensorProto.FLOAT: "float32",
@@ -48,6 +51,17 @@ class Model:
     metadata: dict[str, Any]
     functions: dict[tuple[str, str], tuple[str, ...]]
     dtype: str
+
+
+def warn_if_slow(model: Model, providers: Sequence[str], library: Path | None) -> None:
+    """Warns the caller's caller of what will be slow here, and says what to do about it."""
+    steps = {name for _, name in model.functions} & {"RoutedAttention", "DenseAttention"}
+    if providers[0] == "CUDAExecutionProvider" and model.dtype == "float32" and library is None and steps:
+        warnings.warn(
+            "ONNX Runtime has GroupQueryAttention on GPUs for float16 and bfloat16 alone: every step of this float32 model "
+            f"takes its keys and values to the CPU. Convert with --dtype float16, or build the native kernels ({BUILD})",
+            stacklevel=3,
+        )
 
 
 def inspect(path: Path) -> Model:

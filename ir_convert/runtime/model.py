@@ -21,7 +21,7 @@ from .buffers import Buffers
 from .checks import require_sampling, tokens_of
 from .dtypes import NUMPY
 from .library import choose as choose_library
-from .loading import inspect, model_file
+from .loading import inspect, model_file, warn_if_slow
 from .loading import providers as default_providers
 from .sampling import choose
 
@@ -91,6 +91,7 @@ class OnnxModel:
         if model_says.dtype == "bfloat16" and wanted == ["CPUExecutionProvider"]:
             raise UserError(f"{path} is bfloat16, which ONNX Runtime runs on GPUs alone: convert with --dtype float32")
         library = choose_library(library, model_says, wanted)
+        warn_if_slow(model_says, wanted, library)
         options = options or ort.SessionOptions()
         if options.log_severity_level < 0:  # untouched; the optional input would draw a warning from every load
             options.log_severity_level = _ERRORS_ONLY
