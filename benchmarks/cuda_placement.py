@@ -30,16 +30,21 @@ LIBRARIES = {"libcudart.so.13": None, "libcublas.so.13": r"cublas(?!Lt)", "libcu
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
+    parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("--onnxruntime", type=Path, required=True, help="where onnxruntime-gpu was installed to")
     parser.add_argument("--library", type=Path, help="of native kernels; they are placed, not launched")
     parser.add_argument("--cuda", type=Path, default=Path("/usr/local/cuda"), help="where CUDA's headers are")
     parser.add_argument("--tokens", type=int, default=7, help="of the prompt; the steps after it are one each")
     parser.add_argument("--executed", type=int, default=1, help="tokens that every unit executes")
+    parser.add_argument("--stand-in", type=Path, metavar="FOLDER", help="only compile the stand-in, into this folder")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.inside:
         return run(args.model, args.library, args.tokens)
+    if args.stand_in:
+        return build(args.stand_in, args.onnxruntime, args.cuda)
+    if args.model is None:
+        parser.error("name a model")
     with tempfile.TemporaryDirectory() as folder:
         build(Path(folder), args.onnxruntime, args.cuda)
         paths = {"LD_LIBRARY_PATH": folder, "PYTHONPATH": str(args.onnxruntime), "EXECUTED": str(args.executed)}

@@ -1,5 +1,6 @@
 """One unit in an ONNX Runtime session, its inputs and outputs bound to memory of the CPU or of a GPU."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ from numpy.typing import NDArray
 from op_units import TYPES, Unit
 
 CUDA = "CUDAExecutionProvider"
+# The provider over a stand-in for CUDA (.ci/emulate): a device's memory is the host's.
+EMULATED = bool(os.environ.get("IR_EMULATED"))
 
 
 class Session:
@@ -52,18 +55,20 @@ class Session:
                 tensor.copy_(_torch(poison))
         for name, tensor in self._inputs.items():
             tensor.copy_(_torch(unit.inputs[name]))
-        if self._device == "cuda":
+        if self._device == "cuda" and not EMULATED:
             torch.cuda.synchronize()
         self._session.run_with_iobinding(self._binding)
         return [_numpy(tensor.cpu(), like) for tensor, like in zip(self._outputs, unit.poisoned(), strict=True)]
 
     def _tensor(self, array: NDArray, name: str = "") -> torch.Tensor:
-        # These are wanted in the CPU's memory by every provider.
-        device = "cpu" if name in ("total", "step") else self._device
-        return _torch(array).to(device, copy=True)
+        return _torch(array).to("cpu" if EMULATED else self._place(name), copy=True)
+
+    def _place(self, name: str) -> str:
+        """Returns the device whose memory a tensor is wanted in: of some, by every provider, the CPU's."""
+        return "cpu" if name in ("total", "step") else self._device
 
     def _bind(self, bind, name: str, tensor: torch.Tensor, like: NDArray) -> None:
-        bind(name, tensor.device.type, 0, int(TYPES[like.dtype]), list(tensor.shape), tensor.data_ptr())
+        bind(name, self._place(name), 0, int(TYPES[like.dtype]), list(tensor.shape), tensor.data_ptr())
 
 
 def _torch(array: NDArray) -> torch.Tensor:

@@ -1,4 +1,7 @@
-"""The CUDA kernels on a GPU, in ONNX Runtime, against float64 and against the functions that they replace."""
+"""The CUDA kernels on a GPU, in ONNX Runtime, against float64 and against the functions that they replace.
+
+Without a GPU, `.ci/emulate` runs them, but for what ONNX Runtime's own kernels or CUDA graphs would have to compute.
+"""
 
 from dataclasses import replace
 
@@ -8,7 +11,7 @@ import pytest
 import torch
 from cuda_emulated import BFLOAT16
 from op_random import EXECUTES, random_attention, random_decide, random_mlp
-from op_session import CUDA, Session
+from op_session import CUDA, EMULATED, Session
 from op_units import Unit
 
 from ir_convert.export.onnx.ops import supported
@@ -17,15 +20,16 @@ pytestmark = pytest.mark.gpu
 HALF, SINGLE = np.float16, np.float32
 DTYPES = [SINGLE, HALF, BFLOAT16]
 LENGTHS = (1, 3, 17, 129, 431)
+captures = pytest.mark.skipif(EMULATED, reason="the stand-in for CUDA captures no graphs")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def gpu(library):
-    if not torch.cuda.is_available() or CUDA not in ort.get_available_providers():
+    if not (EMULATED or torch.cuda.is_available()) or CUDA not in ort.get_available_providers():
         pytest.skip("needs an NVIDIA GPU, and onnxruntime-gpu")
     if not any(provider == CUDA for provider, *_ in supported(library)):
         pytest.skip("the library was built without CUDA kernels")
-    if hasattr(ort, "preload_dlls"):
+    if hasattr(ort, "preload_dlls") and not EMULATED:
         ort.preload_dlls()  # CUDA and cuDNN as torch brought them
 
 
@@ -36,7 +40,7 @@ def check(unit: Unit, library, functions: bool = False) -> None:
     unit.check(first)
     for one, other in zip(first, session.run(unit), strict=True):
         assert one.tobytes() == other.tobytes()
-    if functions:
+    if functions and not EMULATED:
         bodies = Session(unit, None, constant=True, device="cuda").run(unit)
         for one, other in zip(first, bodies, strict=True):
             np.testing.assert_allclose(one, other, atol=2e-2 * np.nanmax(np.abs(other), initial=1), rtol=0)
@@ -119,6 +123,7 @@ def shuffled(unit: Unit, seed: int) -> Unit:
     return replace(unit, inputs=inputs)
 
 
+@captures
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("length", [1, 4])
 def test_cuda_graph(library, length, dtype):
@@ -135,6 +140,7 @@ def test_cuda_graph(library, length, dtype):
             other.check(session.run(other))
 
 
+@captures
 def test_cuda_graph_of_too_many(library):
     unit = random_mlp(np.random.default_rng(0), 1, 40, dtype=HALF)
     with pytest.raises(Exception, match=r"RoutedMLP \(float16\): .*as many tokens cannot be captured in a CUDA graph"):
