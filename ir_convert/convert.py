@@ -187,7 +187,13 @@ def _calibrate(
         if work.begun:
             report.note(f"Going on with the interrupted run in {work.folder}.")
         report.note(estimate(checkpoint, blocks, options, device, team.size).sentence())
-        routing = calibrate(checkpoint, blocks, options, device=device, report=report, work=work, team=team)
+        try:
+            routing = calibrate(checkpoint, blocks, options, device=device, report=report, work=work, team=team)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"{device} has no memory left. What was finished is kept: free some, and run the same command again. "
+                "End-to-end stages hold the whole model, which accelerate launch --use_fsdp shares among GPUs"
+            ) from error
         if kept:
             routing.save(kept)
     routing.metadata["job_sha256"] = job.sha256  # set here: how it is written may have changed since

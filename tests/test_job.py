@@ -14,6 +14,7 @@ from test_cli import run  # noqa: F401
 from trained import TINY
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from ir_convert.calibrate import refit
 from ir_convert.checkpoint import TOKENIZER_FILES
 from ir_convert.errors import UserError
 from ir_convert.routing import Routing
@@ -104,6 +105,23 @@ def test_changed_option_is_refused_by_name(model, tmp_path, run):  # noqa: F811
     code, _, err = run(model, *OPTIONS, "--rank", 5, "--out", out, "--restart")
     assert code == 0, err
     assert Routing.load(out).metadata["rank"] == 5
+
+
+def test_goes_on_after_a_device_had_no_memory_left(model, tmp_path, run, monkeypatch):  # noqa: F811
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    out = tmp_path / "r.safetensors"
+    with monkeypatch.context() as patch:
+        patch.setattr(refit, "train_activation", full)
+        code, _, err = run(model, *OPTIONS, "--out", out)
+    assert code == 2
+    assert err.splitlines()[-1].startswith("ir-convert: cpu has no memory left. What was finished is kept")
+    assert (tmp_path / ".r.safetensors.work" / "backward.3.safetensors").is_file()
+    assert not out.exists()
+    code, _, err = run(model, *OPTIONS, "--out", out)
+    assert code == 0, err
+    assert "Going on with the interrupted run" in err
 
 
 def test_finished_is_not_repeated(model, unbroken, run):  # noqa: F811
