@@ -40,11 +40,13 @@ cudaError_t release(void* memory) {
 }
 
 cudaError_t copy(void* to, const void* from, size_t bytes) {
-  const bool back = on_device(from) && !on_device(to);
-  std::fprintf(stderr, "[cuda] copy %s to %s\n", on_device(from) ? "device" : "host", on_device(to) ? "device" : "host");
+  const bool off = on_device(from), onto = on_device(to);
+  std::fprintf(stderr, "[cuda] copy %s to %s\n", off ? "device" : "host", onto ? "device" : "host");
   std::memmove(to, from, bytes);
-  const long long count = executed == nullptr ? 0 : std::atoll(executed);
-  if (back && executed != nullptr && (bytes == 4 || bytes == 8)) std::memcpy(to, &count, bytes);  // little-endian
+  if (executed != nullptr && off && !onto && (bytes == 4 || bytes == 8)) {
+    const long long count = std::atoll(executed);
+    std::memcpy(to, &count, bytes);  // little-endian
+  }
   return cudaSuccess;
 }
 

@@ -21,8 +21,7 @@ from pathlib import Path
 import from_source  # noqa: F401
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-PLACED = re.compile(r"VerifyEachNodeIsAssignedToAnEp\]\s+(?P<kind>\w+) \((?P<name>.*?)(_node_\d+)?\)")
-LAUNCHED = re.compile(r"\[cuda\] launch")
+PLACED = re.compile(r"VerifyEachNodeIsAssignedToAnEp\]\s+(\w+) \(")
 # Of every library that the provider needs, the calls that the stand-in for it has.
 LIBRARIES = {"libcudart.so.13": None, "libcublas.so.13": r"cublas(?!Lt)", "libcublasLt.so.13": r"cublasLt",
              "libcuda.so.1": r"cu[A-Z]", "libcurand.so.10": r"curand"}  # fmt: skip
@@ -91,18 +90,17 @@ def run(model: Path, library: Path | None, tokens: int) -> None:
     """Loads a model on the provider, which tells the log about it, and runs a prompt and two steps."""
     import numpy as np
     import onnxruntime as ort
+    from speed_session import open_session
 
     from ir_convert.runtime import OnnxModel
 
+    library = library and library.resolve()
     options = ort.SessionOptions()
     options.log_severity_level, options.log_verbosity_level = 0, 1
     providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     loaded = OnnxModel.load(model, providers, options=options, library=library or False)
-    captured = ort.SessionOptions()
-    if library is not None:
-        captured.register_custom_ops_library(str(library.resolve()))
     try:
-        ort.InferenceSession(model, captured, [(providers[0], {"enable_cuda_graph": "1"}), providers[1]])
+        open_session(model, "cuda", 1, library=library, graph=True)
         print("CUDA graphs can be captured")
     except Exception as error:  # onnxruntime's exceptions share no base class of their own
         print(f"CUDA graphs cannot be captured: {str(error).splitlines()[0]}")
@@ -117,14 +115,14 @@ def report(log: str) -> Iterator[str]:
     _, _, placed = log.rpartition("Node(s) placed on [CPUExecutionProvider]")
     on_cpu, _, on_cuda = placed.partition("Node(s) placed on [CUDAExecutionProvider]")
     for where, text in (("the CPU", on_cpu), ("the GPU", on_cuda)):
-        kinds = Counter(match["kind"] for match in PLACED.finditer(text))
+        kinds = Counter(PLACED.findall(text))
         yield f"on {where}: " + ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
     copies = re.findall(r"Add (Memcpy\w+) (?:after|before) (\S+)", log)
     yield f"nodes that copy between them: {len(copies)}"
     yield from sorted({f"  {kind} {re.sub(r'_token_[0-9]+', '', name)}" for kind, name in copies})
     _, *pieces = re.split(r"\[done\] .*\n", log)
     for name, piece in zip(("the prompt", "a step"), pieces, strict=False):
-        if launches := len(LAUNCHED.findall(piece)):
+        if launches := piece.count("[cuda] launch"):
             moved = Counter(re.findall(r"\[cuda\] copy (.*)", piece))
             yield f"{name}: {launches} launches, " + ", ".join(f"{count} copies {way}" for way, count in moved.items())
 

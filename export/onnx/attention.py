@@ -58,7 +58,7 @@ def routed(op: OpBuilder, x: Inputs) -> list[ir.Value]:
     rows = _rows(op, x["execute"])
     query = _queries(op, x, op.GatherND(x["h"], rows))
     new = _keys(op, x, linear(op, x["h"], x, "k")), linear(op, x["h"], x, "v")
-    some = op.Greater(op.Size(rows), 0)
+    some = _some(op, rows)
 
     def step(op: OpBuilder) -> Sequence[ir.Value]:
         return _step(op, x, _rotated(op, x, query, QUERIES, x["cos"], x["sin"]), *new)
@@ -80,9 +80,8 @@ def routed(op: OpBuilder, x: Inputs) -> list[ir.Value]:
             return [op.GatherND(y, rows), key, value]
 
         attend = _attends(op, x, rows, turned, lambda op, _: x["mask"])
-        # Counted anew: of a value from outside of a branch, CUDA's provider does not know that it lies with the host.
-        some = op.Greater(op.Size(rows), 0)
-        return _cached(op, x, *new, attend, op.And(some, op.Equal(op.Shape(x["execute"], start=1), 1)), together)
+        stepping = op.And(_some(op, rows), op.Equal(op.Shape(x["execute"], start=1), 1))
+        return _cached(op, x, *new, attend, stepping, together)
 
     def others(op: OpBuilder) -> Sequence[ir.Value]:
         return _either(op, x["step"], ("passed", passed), ("general", general))
@@ -118,6 +117,13 @@ def strict(op: OpBuilder, x: Inputs) -> list[ir.Value]:
 def _rows(op: OpBuilder, flags: ir.Value) -> ir.Value:
     """bool ``[B, S]`` -> the (sequence, place) of every True ``[1, n, 2]``: what it gathers is one sequence of n tokens."""
     return op.Unsqueeze(executed(op, flags), [0])
+
+
+def _some(op: OpBuilder, rows: ir.Value) -> ir.Value:
+    """Whether any token executes. Counted in each branch that asks: of a value from outside, CUDA's provider does not know that it
+    lies with the host.
+    """
+    return op.Greater(op.Size(rows), 0)
 
 
 def _queries(op: OpBuilder, x: Inputs, h: ir.Value) -> ir.Value:
@@ -242,7 +248,7 @@ def _attends(
         def none(op: OpBuilder) -> ir.Value:
             return op.Identity(query)
 
-        return either(op, op.Greater(op.Size(rows), 0), ("executed", some), ("approximated", none))
+        return either(op, _some(op, rows), ("executed", some), ("approximated", none))
 
     return attend
 

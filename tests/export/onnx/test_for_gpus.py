@@ -1,10 +1,9 @@
 """What ONNX Runtime's CUDA provider is slow at, or cannot do without cuDNN, and what a graph can be held to without a GPU."""
 
 import math
-from collections.abc import Iterator
 from itertools import product
 
-import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from models import random_routing, save_random
@@ -27,14 +26,6 @@ NEEDS_CUDNN = {
 }
 
 
-def nodes(graph: onnx.GraphProto | onnx.FunctionProto) -> Iterator[onnx.NodeProto]:
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from nodes(attribute.g)
-
-
 @pytest.fixture(
     scope="module", ids="-".join, params=product(["llama", "gemma2", "phi3-long", "qwen3_moe"], ["full", "strict"])
 )
@@ -50,8 +41,12 @@ def half(request, tmp_path_factory) -> OnnxModel:
 
 
 def test_no_operator_needs_cudnn(half):
-    model = onnx.load(half.path, load_external_data=False)
-    used = {node.op_type for part in (model.graph, *model.functions) for node in nodes(part)}
+    model = ir.load(half.path)
+    used = {
+        node.op_type
+        for part in (model.graph, *model.functions.values())
+        for node in ir.traversal.RecursiveGraphIterator(part)
+    }
     assert {"MatMul", "NonZero", "TopK"} <= used
     assert not used & NEEDS_CUDNN
 

@@ -137,11 +137,15 @@ class Unit:
 
     def expected(self) -> list[NDArray]:
         """Returns the outputs, float64; of caches the slots in use."""
-        wide = {name: x.astype(np.float64) if x.dtype == self.dtype else x for name, x in self.inputs.items()}
-        unit = replace(self, inputs=wide)
+        unit = self._wide()
         if self.function == "Decide":
             return unit._decide()
         return [unit._contributed(unit._mlp())] if self.function.endswith("MLP") else unit._attention()
+
+    def _wide(self) -> "Unit":
+        """Returns the same unit in float64."""
+        wide = {name: x.astype(np.float64) if x.dtype == self.dtype else x for name, x in self.inputs.items()}
+        return replace(self, inputs=wide)
 
     def check(self, got: list[NDArray]) -> None:
         """Raises AssertionError unless these outputs are right."""
@@ -155,31 +159,33 @@ class Unit:
                 continue
             if self.function == "Decide" and result.ndim == 3:
                 result, wanted = (self.read(forecast) for forecast in (result, wanted))
+            # Of few numbers all may be sums that cancel: of decisions they are held against what was added up, about 1.
+            least = 1.0 if self.function == "Decide" else 1e-3
             errors = np.abs(result.astype(np.float64) - wanted)
             assert errors.size == 0 or np.isfinite(errors).all()
             if self.int4 is not None:
-                least = 1.0 if self.function == "Decide" else 1e-3
                 assert rms(errors) <= self.int4_tolerance(errors.size) * max(rms(wanted), least), (
                     self.function,
                     rms(errors),
                 )
             else:
-                against = np.maximum(np.abs(wanted).max(initial=1e-3), self._added_up())
+                against = np.abs(wanted).max(initial=least)
+                if self.function.endswith("MLP"):
+                    against = np.maximum(against, self._added_up())
                 error = (errors / against).max(initial=0)
                 assert error <= TOLERANCE[result.dtype], (self.function, error)
 
-    def _added_up(self) -> NDArray | float:
-        """Returns how large results would be if no sum in them cancelled: of few numbers all may do."""
-        if not self.function.endswith("MLP"):
-            return 1.0 if self.function == "Decide" else 0.0
-        x = {name: array.astype(np.float64) for name, array in self.inputs.items()}
+    def _added_up(self) -> NDArray:
+        """Returns how large an MLP's results would be if no sum in them cancelled."""
+        unit = self._wide()
+        x = unit.inputs
 
         def added(squares: NDArray, name: str) -> NDArray:
             return squares @ x[f"{name}_weight"] ** 2 + x.get(f"{name}_bias", np.zeros(1)) ** 2
 
         size = np.sqrt(added(added(x["h"] ** 2, "gate") * added(x["h"] ** 2, "up"), "down"))
         if (norm := x.get("post_norm")) is not None:
-            y = replace(self, inputs=x)._mlp()
+            y = unit._mlp()
             size *= np.abs(norm) / np.sqrt((y**2).mean(-1, keepdims=True) + self.attributes["epsilon"])
         return size * self.attributes["residual_multiplier"]
 
