@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import onnx_ir as ir
@@ -26,6 +27,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Shape constants must stay inside the model file, so only tensors from this size on go to the data file.
 INLINE_BYTES = 1024
 PAGE = 4096
+WORKERS = 2  # threads that read, convert and write weights; those of one quantised weight wait for each other
 
 
 def check_dtype(dtype: torch.dtype) -> None:
@@ -57,8 +59,8 @@ def write(
     """Writes the routed model into an existing, empty folder.
 
     ``{name}`` and its weights ``{name}.data``, ``config.json`` and ``generation_config.json`` of the base model, its
-    tokenizer, ``genai_config.json``, and the routing file ``{stem}.routing.safetensors``. At most one weight is in memory
-    at a time.
+    tokenizer, ``genai_config.json``, and the routing file ``{stem}.routing.safetensors``. At most ``WORKERS`` weights are in
+    memory at a time.
 
     Args:
         checkpoint: the base model.
@@ -66,7 +68,7 @@ def write(
         folder: where to write; the caller moves it into place when it is whole.
         name: file name of the model, e.g. ``ir-llama.onnx``.
         dtype: of weights and activations: float32, float16, or bfloat16, which runs on GPUs alone.
-        on_progress: called with (weights written, all weights).
+        on_progress: called with (weights begun, all weights).
         int4: how to quantise the units' projections; None for not at all. In float32 forecasters and routers are rounded to
             the nearest in int4 as well.
         trace: adds an output that says which tokens every unit executed.
@@ -84,9 +86,11 @@ def write(
         )
     checkpoint = checkpoint.with_lora(routing.lora)
 
+    begun = count(1)
+
     def report(_: ir.TensorProtocol, info: ir.external_data.CallbackInfo) -> None:
         if on_progress is not None:
-            on_progress(info.index + 1, info.total)
+            on_progress(next(begun), info.total)
 
     ir.save(
         decoder(checkpoint, routing, dtype, int4, trace, logits),
@@ -96,6 +100,7 @@ def write(
         alignment=PAGE,
         align_threshold=0,
         callback=report,
+        max_workers=WORKERS,
     )
     for file in checkpoint.files(("config.json", "generation_config.json", *TOKENIZER_FILES)):
         shutil.copyfile(file, folder / file.name)

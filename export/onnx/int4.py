@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,9 @@ from ir_convert.choices import INT4_METHODS
 from ir_convert.errors import UserError
 
 from ..finite import is_finite
-from .weights import lazy_tensor
+from .weights import LazyWeight
 
-CHUNK = 1 << 20  # weights that are quantised together: what the methods put beside them stays small, and in the cache
+CHUNK = 1 << 20  # weights that are quantised together: what the methods put beside them stays small
 SYMMETRIC_ZERO = 8
 # A block that a method leaves this much further off than plain rounding is rounded plainly: k_quant loses blocks whose
 # weights all have one sign, HQQ those that are much smaller than 1e-3.
@@ -179,19 +180,21 @@ def int4_tensors(
         dtype: of scales, and of fractional zero points: that of the activations.
     """
     waiting: dict[str, Tensor] = {}
+    lock = Lock()  # parts are written by several threads
 
     def take(part: str) -> Tensor:
-        if part not in waiting:
-            weight = read()
-            if tuple(weight.shape) != shape:
-                raise UserError(f"tensor '{name}' has shape {list(weight.shape)}; {list(shape)} was expected")
-            waiting.update(quantise(weight, int4, name).parts())
-        return waiting.pop(part)
+        with lock:
+            if part not in waiting:
+                weight = read()
+                if tuple(weight.shape) != shape:
+                    raise UserError(f"tensor '{name}' has shape {list(weight.shape)}; {list(shape)} was expected")
+                waiting.update(quantise(weight, int4, name).parts())
+            return waiting.pop(part)
 
     def lazy(part: str, part_shape: tuple[int, ...]) -> ir.LazyTensor:
         is_bytes = part == "weight" or (part == "zero_points" and int4.method != "hqq")
         written = f"{name}.{'int4' if part == 'weight' else part}"
-        return lazy_tensor(written, part_shape, lambda: take(part), torch.uint8 if is_bytes else dtype)
+        return LazyWeight(written, part_shape, lambda: take(part), torch.uint8 if is_bytes else dtype)
 
     return {part: lazy(part, part_shape) for part, part_shape in int4.shapes(*shape).items()}
 
@@ -199,12 +202,12 @@ def int4_tensors(
 def _rtn(weight: Tensor, block: int, symmetric: bool = True) -> Packed:
     """By onnxruntime's C++, which wants ``[in, out]``."""
     (outputs, inputs), blocks = weight.shape, -(-weight.shape[1] // block)
-    source = np.zeros((blocks * block, outputs), np.float32)
-    source[:inputs] = weight.numpy().T
+    source = torch.empty(blocks * block, outputs)
+    source[:inputs], source[inputs:] = weight.T, 0
     packed = np.zeros((outputs, blocks, block // 2), np.uint8)
     scales = np.zeros((outputs, blocks), np.float32)
     zeros = np.zeros((outputs, (blocks + 1) // 2), np.uint8)
-    quantize_matmul_4bits(packed, source, scales, zeros, block, outputs, inputs, symmetric)
+    quantize_matmul_4bits(packed, source.numpy(), scales, zeros, block, outputs, inputs, symmetric)
     return Packed(
         torch.from_numpy(packed), torch.from_numpy(scales), None if symmetric else torch.from_numpy(zeros), inputs
     )

@@ -5,6 +5,7 @@ token, so left in fp32 it would dominate a small model's steps. Rounded to the n
 """
 
 from collections.abc import Callable
+from threading import Lock
 
 import onnx_ir as ir
 import torch
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from ir_convert.errors import UserError
 
 from ..finite import is_finite
-from .weights import lazy_tensor
+from .weights import LazyWeight
 
 BLOCK, ZERO, LARGEST = 32, 128, 127
 CHUNK = 1 << 22  # weights that are quantised together
@@ -54,22 +55,19 @@ def int8_tensors(
         dtype: of the scales: that of the activations.
     """
     outputs, blocks = shape[0], -(-shape[1] // BLOCK)
-    waiting: list[Tensor] = []
+    waiting: dict[str, Tensor] = {}
+    lock = Lock()  # both are written by threads of their own
 
-    def take_weight() -> Tensor:
-        weight = read()
-        if tuple(weight.shape) != shape:
-            raise UserError(f"tensor '{name}' has shape {list(weight.shape)}; {list(shape)} was expected")
-        packed, scales = quantise(weight, name)
-        waiting[:] = [scales]
-        return packed
-
-    def take_scales() -> Tensor:
-        if not waiting:  # written alone
-            take_weight()
-        return waiting.pop()
+    def take(part: str) -> Tensor:
+        with lock:
+            if part not in waiting:
+                weight = read()
+                if tuple(weight.shape) != shape:
+                    raise UserError(f"tensor '{name}' has shape {list(weight.shape)}; {list(shape)} was expected")
+                waiting["int8"], waiting["scales"] = quantise(weight, name)
+            return waiting.pop(part)
 
     return (
-        lazy_tensor(f"{name}.int8", (outputs, blocks, BLOCK), take_weight, torch.uint8),
-        lazy_tensor(f"{name}.scales", (outputs, blocks), take_scales, dtype),
+        LazyWeight(f"{name}.int8", (outputs, blocks, BLOCK), lambda: take("int8"), torch.uint8),
+        LazyWeight(f"{name}.scales", (outputs, blocks), lambda: take("scales"), dtype),
     )

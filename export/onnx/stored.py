@@ -12,7 +12,7 @@ from ir_convert.checkpoint import Checkpoint
 from ir_convert.families import experts_of, head_dim, packed_rows, projection_sizes
 
 from .int4 import Int4, int4_tensors
-from .weights import lazy_tensor
+from .weights import LazyWeight
 
 
 class Stored:
@@ -35,8 +35,8 @@ class Stored:
         return self._builder.initializer(tensor, tensor.name, qualify=False)
 
     def initializer(self, name: str, *args: Any, **kwargs: Any) -> ir.Value:
-        """Adds a tensor of any origin; the arguments are those of ``lazy_tensor``."""
-        return self.add(lazy_tensor(name, *args, **kwargs))
+        """Adds a tensor of any origin; the arguments are those of ``LazyWeight``."""
+        return self.add(LazyWeight(name, *args, **kwargs))
 
     def weight(self, name: str, *shape: int, transpose: bool = False) -> ir.Value:
         """Adds one of the checkpoint's tensors."""
