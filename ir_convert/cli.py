@@ -75,6 +75,11 @@ SEED = click.IntRange(0, 2**32 - 1)
     help="strict: approximated tokens leave no keys and values.",
 )
 @click.option("--seed", type=SEED, default=0, show_default=True)
+@click.option(
+    "--gradient-checkpointing",
+    is_flag=True,
+    help="In end-to-end stages: less memory, more time. May be added when an interrupted run goes on.",
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, ...")
 @click.option(
     "--dtype",

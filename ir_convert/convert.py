@@ -62,6 +62,7 @@ def convert(
     router_width: int | None = None,
     kv_cache: str = "full",
     seed: int = 0,
+    gradient_checkpointing: bool = False,
     device: str = "auto",
     dtype: str = "auto",
     int4: bool = False,
@@ -88,7 +89,8 @@ def convert(
         tokens: calibration tokens, at most.
         block_size: tokens that are seen together.
         routing: a routing file of an earlier conversion; it takes calibration's place.
-        recipe, polish, lora, steps, units, rank, router_width, kv_cache, seed: see ``calibrate.Options``.
+        recipe, polish, lora, steps, units, rank, router_width, kv_cache, seed, gradient_checkpointing: see
+            ``calibrate.Options``.
         device: ``auto``, ``cpu``, ``cuda`` ...
         dtype: ``auto`` (float32 in ONNX, the base model's in a checkpoint), ``float32``, ``float16`` or ``bfloat16``.
         int4: quantise the units' projections of ONNX files, and their head to int8; in float32 also forecasters and routers.
@@ -135,6 +137,7 @@ def convert(
         lora=lora,
         steps=steps,
         seed=seed,
+        gradient_checkpointing=gradient_checkpointing,
     ).settled(checkpoint.config)
     check_reachable(checkpoint, options)
     writing.check_dtype()
@@ -192,7 +195,8 @@ def _calibrate(
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"{device} has no memory left. What was finished is kept: free some, and run the same command again. "
-                "End-to-end stages hold the whole model, which accelerate launch --use_fsdp shares among GPUs"
+                "End-to-end stages hold the whole model: --gradient-checkpointing takes less for all else, and accelerate launch "
+                "--use_fsdp shares the model among GPUs"
             ) from error
         if kept:
             routing.save(kept)

@@ -15,6 +15,7 @@ from trained import TINY
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ir_convert.calibrate import refit
+from ir_convert.calibrate.endtoend import polish
 from ir_convert.checkpoint import TOKENIZER_FILES
 from ir_convert.errors import UserError
 from ir_convert.routing import Routing
@@ -122,6 +123,24 @@ def test_goes_on_after_a_device_had_no_memory_left(model, tmp_path, run, monkeyp
     code, _, err = run(model, *OPTIONS, "--out", out)
     assert code == 0, err
     assert "Going on with the interrupted run" in err
+
+
+def test_gradient_checkpointing_may_be_added_on_the_way(model, tmp_path, run, monkeypatch):  # noqa: F811
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    out, options = tmp_path / "r.safetensors", [*OPTIONS, "--polish", 1]
+    with monkeypatch.context() as patch:
+        patch.setattr(polish, "train_routed", full)
+        code, _, err = run(model, *options, "--out", out)
+    assert code == 2
+    assert "--gradient-checkpointing takes less" in err.splitlines()[-1]
+    code, _, err = run(model, *options, "--gradient-checkpointing", "--out", out)
+    assert code == 0, err
+    assert "Going on with the interrupted run" in err
+    code, _, err = run(model, *options, "--out", out)
+    assert code == 0, err
+    assert "Already done" in err
 
 
 def test_finished_is_not_repeated(model, unbroken, run):  # noqa: F811

@@ -43,13 +43,13 @@ class LazyWeight(ir.LazyTensor):
     ) -> None:
         self._expected, self._read, self._to, self._transpose = shape, read, dtype, transpose
         stored = ir.Shape(shape[::-1] if transpose else shape)
-        super().__init__(self._whole, dtype=from_torch_dtype(dtype), shape=stored, name=name)
+        super().__init__(lambda: self._whole(), dtype=from_torch_dtype(dtype), shape=stored, name=name)
 
     def tofile(self, file: BinaryIO) -> None:
         """Writes the tensor's bytes."""
         behind = 0
         for piece in self._pieces():
-            behind += file.write(piece.view(torch.uint8).numpy().data)
+            behind += file.write(piece.view(-1).view(torch.uint8).numpy().data)
             if behind >= BEHIND:
                 behind = 0
                 _send_to_disk(file)
@@ -64,7 +64,7 @@ class LazyWeight(ir.LazyTensor):
         if tuple(tensor.shape) != self._expected:
             raise UserError(f"tensor '{name}' has shape {list(tensor.shape)}; {list(self._expected)} was expected")
         if self._transpose:
-            for columns in tensor.split(max(COLUMNS, PIECE // len(tensor)), dim=1):
+            for columns in tensor.split(max(COLUMNS, PIECE // max(1, len(tensor))), dim=1):
                 yield require_finite(name, columns.to(self._to).T.contiguous())
         else:
             for numbers in tensor.contiguous().view(-1).split(PIECE):

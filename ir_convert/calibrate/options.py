@@ -27,6 +27,8 @@ class Options:
         lora: of the paper recipe: adapt the base weights last.
         steps: of each stage of the paper and greedy recipes.
         seed: of everything drawn at random.
+        gradient_checkpointing: of end-to-end stages: one block at a time, of which they keep layers' inputs alone and compute
+            the rest again. The result is the same to rounding.
     """
 
     recipe: str = "local"
@@ -39,6 +41,7 @@ class Options:
     lora: bool = False
     steps: int = 2000
     seed: int = 0
+    gradient_checkpointing: bool = False
 
     def settled(self, config: PretrainedConfig) -> "Options":
         """Returns the options with the model's defaults filled in.
@@ -79,7 +82,10 @@ class Options:
         return Budget.of_shapes(config, shapes, self.kv_cache)
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"units": list(self.units)}
+        """Returns what decides the result."""
+        values = asdict(self) | {"units": list(self.units)}
+        del values["gradient_checkpointing"]
+        return values
 
 
 def default_rank(hidden: int) -> int:

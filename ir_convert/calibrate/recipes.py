@@ -65,7 +65,7 @@ def _end_to_end(
     decoder, steps, batch = meter.decoder, options.steps, _batch(team)
     rate = min(MOST_RATE, PUBLISHED_STEPS / steps)
     shapes = uniform_shapes(checkpoint.config, *options.shape, options.units)
-    ids = cut(blocks.fit, LENGTH)
+    ids, micro_batch = cut(blocks.fit, LENGTH), _micro_batch(options)
 
     def train() -> Result:
         units, _ = train_paper(
@@ -75,8 +75,9 @@ def _end_to_end(
             sparsity=aim,
             kv_cache=options.kv_cache,
             greedy=options.recipe == "greedy",
-            forecasters=Descent(steps, batch, FORECASTER_LR * rate, length=128),
-            routers=Descent(steps, batch, ROUTER_LR * rate),
+            forecasters=Descent(steps, batch, FORECASTER_LR * rate, length=128, micro_batch=micro_batch),
+            routers=Descent(steps, batch, ROUTER_LR * rate, micro_batch=micro_batch),
+            gradient_checkpointing=options.gradient_checkpointing,
             seed=options.seed,
             device=decoder.device,
             report=report,
@@ -90,7 +91,7 @@ def _end_to_end(
         return Fitted(units, decoder, scores, (aim, near))
 
     def adapt() -> Result:
-        descent = Descent(steps, batch, LORA_LR * rate)
+        descent = Descent(steps, batch, LORA_LR * rate, micro_batch=micro_batch)
         lora, _ = train_lora(
             checkpoint,
             units,
@@ -98,6 +99,7 @@ def _end_to_end(
             threshold=near,
             kv_cache=options.kv_cache,
             descent=descent,
+            gradient_checkpointing=options.gradient_checkpointing,
             seed=options.seed,
             device=decoder.device,
             report=report,
@@ -130,10 +132,11 @@ def polish(fitted: Fitted, blocks: Blocks, options: Options, work: Work, team: T
             threshold=threshold,
             sparsity=aim,
             kv_cache=options.kv_cache,
-            descent=Descent(options.polish, _batch(team), POLISH_LR, average=True),
+            descent=Descent(options.polish, _batch(team), POLISH_LR, micro_batch=_micro_batch(options), average=True),
             forecaster_lr=POLISH_FORECASTER_LR,
             temperature=POLISH_TEMPERATURE,
             distil=True,
+            gradient_checkpointing=options.gradient_checkpointing,
             seed=options.seed,
             device=fitted.decoder.device,
             report=report,
@@ -154,6 +157,11 @@ def _aim(checkpoint: Checkpoint, options: Options) -> float:
 def _batch(team: Team) -> int:
     """Returns how many blocks an end-to-end step takes over all processes: as many for each."""
     return -(-BATCH // team.size) * team.size
+
+
+def _micro_batch(options: Options) -> int | None:
+    """Returns how many blocks an end-to-end stage runs at once in a process; None for all of its share."""
+    return 1 if options.gradient_checkpointing else None
 
 
 @torch.no_grad()

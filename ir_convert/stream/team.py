@@ -71,7 +71,7 @@ class Team:
                 dist.all_reduce(there)
                 if there is group[0]:
                     continue
-                parts = there.split([tensor.numel() for tensor in group])
+                parts = there.flatten().split([tensor.numel() for tensor in group])
                 for tensor, part in zip(group, parts, strict=True):
                     tensor.copy_(part.view_as(tensor))
         return tensors

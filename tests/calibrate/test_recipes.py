@@ -9,6 +9,7 @@ from calibrations import random_blocks, shorten
 from models import save_random
 
 from ir_convert.calibrate import Options, calibrate, recipes
+from ir_convert.calibrate.endtoend.model import RoutedModel
 from ir_convert.checkpoint import Checkpoint
 from ir_convert.decoder import Decoder
 from ir_convert.errors import UserError
@@ -84,6 +85,28 @@ def test_recipe(name, family, tmp_path, monkeypatch):
         exported = hf.load(folder, dtype=torch.float32).eval()(input_ids=ids).logits
     expected = logits(decoder, routing.units, ids, routing.threshold, routing.kv_cache)
     torch.testing.assert_close(exported, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["polish", "lora", "greedy"])
+def test_gradient_checkpointing_changes_what_is_in_memory_alone(name, checkpoint, monkeypatch):
+    shorten(monkeypatch)
+    forward, sizes, made = RoutedModel.forward, [], []
+
+    def watched(model, ids, *args):
+        sizes[-1].append(len(ids))
+        assert model.base.model.layers[0].gradient_checkpointing == (len(sizes) == 2)
+        return forward(model, ids, *args)
+
+    monkeypatch.setattr(RoutedModel, "forward", watched)
+    for checkpointing in (False, True):
+        sizes.append([])
+        options = replace(RECIPES[name], sparsity=0.2, rank=3, router_width=4, gradient_checkpointing=checkpointing)
+        made.append(calibrate(checkpoint, random_blocks(), options))
+    assert [set(found) for found in sizes] == [{recipes.BATCH}, {1}]
+    for key, unit in made[0].units.items():
+        for part, tensor in unit.tensors().items():
+            torch.testing.assert_close(tensor, made[1].units[key].tensors()[part], rtol=1e-3, atol=1e-3)
+    assert made[0].metadata.keys() == made[1].metadata.keys()
 
 
 @pytest.mark.parametrize("options", [Options(units=("attention",)), Options(units=("attention",), polish=2)])

@@ -119,3 +119,19 @@ def test_small_tensors_are_added_up_together(sizes, limit, data):
     assert all(torch.equal(after, 2 * value) for after, value in zip(tensors, before, strict=True))
     small = {tensor.dtype for tensor in tensors if tensor.numel() <= limit}
     assert len(exchanged) == len(small) + sum(tensor.numel() > limit for tensor in tensors)
+
+
+def test_what_lies_on_the_cpu_is_added_up_on_gpus(monkeypatch):
+    """NCCL takes what is on GPUs alone: a lone tensor of any shape goes there and back, as several do."""
+    monkeypatch.setattr(module.dist, "all_reduce", lambda tensor: tensor.mul_(2))
+    monkeypatch.setattr(torch.Tensor, "cuda", torch.Tensor.clone)
+    (team,) = members(1)
+    team.size, team._on_gpu = 2, True
+    for shapes in ([()], [(3, 4)], [(2, 3), (), (5,)], [(0,)]):
+        tensors = [torch.randn(shape) for shape in shapes]
+        expected = [2 * tensor for tensor in tensors]
+        for tensor, added, same in zip(team.sum(tensors), expected, tensors, strict=True):
+            assert tensor is same
+            assert torch.equal(tensor, added)
+    assert team.agree(True)
+    assert not team.agree(False)

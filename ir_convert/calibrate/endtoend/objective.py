@@ -82,24 +82,32 @@ def train_routed(
         noise = logistic_noise((len(keys), *ids.shape), generator) if gates.rule == "gumbel" else None
         counted = int((targets[:, 1:] != IGNORED).sum())
         figures = torch.zeros(3, device=workers.device)
+
+        def run(part: slice) -> tuple[Tensor, Tensor]:
+            """Returns a part's logits and the share of FLOPs that it saves."""
+            mine = {} if noise is None else {k: noise[i, part].to(workers.device) for i, k in enumerate(keys)}
+            logits, taken = model(ids[part].to(workers.device), gates, mine)
+            return logits, share_saved(taken, budget)
+
+        everyone = None
+        if objective.sparsity is not None and len(parts) > 1:  # the penalty's slope is that of the whole batch
+            with torch.no_grad():
+                everyone = workers.mean(torch.stack([run(part)[1] for part in parts]).mean())
         for part in parts:
-            x = ids[part].to(workers.device)
             dense = None
             if objective.distil:
                 with torch.no_grad():
-                    dense = model(x, Gates("dense")).logits
-            mine = {} if noise is None else {k: noise[i, part].to(workers.device) for i, k in enumerate(keys)}
-            logits, taken = model(x, gates, mine)
+                    dense = model(ids[part].to(workers.device), Gates("dense")).logits
+            logits, saved = run(part)
             # The mean over processes of these is the batch's mean over tokens.
             language = (
                 prediction_loss(logits, targets[part].to(workers.device), dense) * workers.count / max(1, counted)
             )
-            saved = share_saved(taken, budget)
             loss = language
             if objective.sparsity is not None:
                 # All processes see the sparsity of all; the gradient is of one's own part.
-                everyone = workers.mean(saved.detach())
-                distance = (saved - saved.detach() + everyone - objective.sparsity).abs()
+                batch = workers.mean(saved.detach()) if everyone is None else everyone
+                distance = (saved - saved.detach() + batch - objective.sparsity).abs()
                 loss = loss + objective.penalty * distance / len(parts)
             loss.backward()
             figures += torch.stack([loss, language, saved / len(parts)]).detach()

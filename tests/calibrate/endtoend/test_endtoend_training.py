@@ -121,13 +121,19 @@ def test_mlp_only_routes_nothing_else(small):
     assert polished.keys() == units.keys()
 
 
-def test_micro_batches_give_the_whole_batchs_step(small):
+@pytest.mark.parametrize("beyond", [-1e-3, 1e-3])
+def test_micro_batches_give_the_whole_batchs_step(small, beyond):
+    """Also where the batch saves about what is asked: some of its blocks save more then, some less."""
     checkpoint, units, ids = small
-    options = {"threshold": THRESHOLD, "sparsity": 0.3, "penalty": 0.0}
-    whole, _ = train_polish(checkpoint, units, ids, descent=Descent(steps=2, batch=4, lr=1e-3), **options)
-    parts, _ = train_polish(
-        checkpoint, units, ids, descent=Descent(steps=2, batch=4, lr=1e-3, micro_batch=1), **options
-    )
+
+    def polish(sparsity: float, steps: int, micro_batch: int | None):
+        descent = Descent(steps, batch=4, lr=1e-3, micro_batch=micro_batch)
+        return train_polish(checkpoint, units, ids, threshold=THRESHOLD, sparsity=sparsity, descent=descent)
+
+    asked = polish(0.3, 1, None)[1].saved[0] + beyond
+    (whole, one), (parts, other) = (polish(asked, 2, micro_batch) for micro_batch in (None, 1))
+    assert other.loss == pytest.approx(one.loss, abs=1e-5)
+    assert other.saved == pytest.approx(one.saved, abs=1e-6)
     for key, routed in whole.items():
         for name, tensor in routed.tensors().items():
             torch.testing.assert_close(tensor, parts[key].tensors()[name], atol=1e-4, rtol=1e-4)
