@@ -35,6 +35,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+COPIED = ("generation_config.json", *TOKENIZER_FILES)  # from the base model to what is written
 
 # Low-rank changes by weight name: A ``[rank, in]`` and B ``[out, rank]``; the changed weight is W + B A.
 Lora = dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -91,6 +92,8 @@ class Checkpoint:
         require_supported(config)
         checkpoint = cls(model, path, config, shards_of(path))
         require_whole(path, config, checkpoint.shards)
+        if checkpoint._has_two_heads():
+            config.tie_word_embeddings = False
         return checkpoint
 
     @property
@@ -112,7 +115,7 @@ class Checkpoint:
         """The model's tokenizer."""
         try:
             return AutoTokenizer.from_pretrained(self.path)
-        except (OSError, ValueError, AttributeError) as error:  # transformers 4 lets an AttributeError through
+        except Exception as error:  # transformers 4 lets an AttributeError through, tokenizers raise a bare Exception
             raise UserError(f"{self.name} has no tokenizer that loads: {one_line(error)}") from error
 
     @cached_property
@@ -136,6 +139,13 @@ class Checkpoint:
     def tied(self) -> bool:
         """Whether embedding and head are one tensor."""
         return self.config.tie_word_embeddings or self.family.head not in self.shards
+
+    def _has_two_heads(self) -> bool:
+        """Whether a head is stored that is not the embedding that it is said to be tied to: transformers 5 does not tie it then."""
+        ends = self.family.embedding, self.family.head
+        if not self.config.tie_word_embeddings or not all(name in self.shards for name in ends):
+            return False
+        return not torch.equal(*(self.read(name) for name in ends))
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Reads one tensor; either of a tied pair stands for the other."""
@@ -203,15 +213,19 @@ class Checkpoint:
         """Returns those of the named files that the folder has."""
         return [self.path / name for name in names if (self.path / name).is_file()]
 
-    @cached_property
-    def weights_sha256(self) -> str:
-        """SHA-256 over the weight files, in the order of their names."""
+    def sha256(self, names: Iterable[str]) -> str:
+        """SHA-256 over those of the named files that the folder has, in the order of their names."""
         digest = hashlib.sha256()
-        for shard in sorted(set(self.shards.values())):
-            with open(self.path / shard, "rb") as file:
+        for path in self.files(sorted(names)):
+            with open(path, "rb") as file:
                 while chunk := file.read(1 << 22):
                     digest.update(chunk)
         return digest.hexdigest()
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """SHA-256 over the weight files, in the order of their names."""
+        return self.sha256(set(self.shards.values()))
 
     @cached_property
     def weight_bytes(self) -> int:
@@ -225,7 +239,6 @@ class Checkpoint:
 
 def _download(model: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     if Path(model).is_file():
         raise UserError(f"model '{model}' is a file: name the folder that it lies in")
@@ -236,9 +249,13 @@ def _download(model: str) -> Path:
     try:
         # Weights in safetensors, configuration and tokenizer; never Python files, never pickles.
         return Path(
-            snapshot_download(model, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"])
+            snapshot_download(
+                model,
+                allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"],
+                ignore_patterns=["consolidated*", "*/*"],  # the same weights once more, in other formats
+            )
         )
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except Exception as error:  # what the Hub, a proxy and the network make it raise shares no base class
         raise UserError(
             f"'{model}' is neither a local folder nor a model that can be fetched from the Hub: {one_line(error)}"
         ) from error
@@ -246,6 +263,12 @@ def _download(model: str) -> Path:
 
 def shards_of(path: Path) -> dict[str, str]:
     """Returns the files of a checkpoint folder's tensors by the tensors' names; UserError where one is missing or damaged."""
+    if (path / SINGLE).is_file():  # transformers, too, takes it where there are both
+        try:
+            with safe_open(path / SINGLE, "pt") as file:
+                return dict.fromkeys(file.keys(), SINGLE)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path / SINGLE} is damaged: {one_line(error)}; download it again") from error
     if (path / INDEX).is_file():
         try:
             shards = json.loads((path / INDEX).read_text("utf-8"))["weight_map"]
@@ -257,12 +280,6 @@ def shards_of(path: Path) -> dict[str, str]:
             if not (path / shard).is_file():
                 raise UserError(f"{path} lacks the weight file '{shard}' that its index names; download it again")
         return shards
-    if (path / SINGLE).is_file():
-        try:
-            with safe_open(path / SINGLE, "pt") as file:
-                return dict.fromkeys(file.keys(), SINGLE)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path / SINGLE} is damaged: {one_line(error)}; download it again") from error
     raise UserError(
         f"{path} has no '{SINGLE}' or '{INDEX}'; other weight formats are not read "
         "(save_pretrained of a recent transformers writes safetensors)"

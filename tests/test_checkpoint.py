@@ -5,11 +5,13 @@ import shutil
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from models import save_random
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from ir_convert import checkpoint as module
 from ir_convert.checkpoint import Checkpoint
 from ir_convert.errors import UserError
 
@@ -43,6 +45,14 @@ def test_tied_weights_by_either_name(tmp_path):
     checkpoint = Checkpoint.open(str(tmp_path / "model"))
     assert torch.equal(checkpoint.read("model.embed_tokens.weight"), embedding)
     assert torch.equal(checkpoint.read("lm_head.weight"), embedding)
+
+
+def test_single_file_beside_an_older_index(folder, tmp_path):
+    """As transformers takes it."""
+    save_random("llama", tmp_path / "newer", seed=1)
+    shutil.copy(tmp_path / "newer" / "model.safetensors", folder)
+    newer, both = (Checkpoint.open(str(path)) for path in (tmp_path / "newer", folder))
+    assert both.weights_sha256 == newer.weights_sha256
 
 
 def test_vocabulary_is_what_text_consists_of(folder):
@@ -172,3 +182,29 @@ def test_unreachable_hub(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="neither a local folder nor a model that can be fetched"):
         Checkpoint.open("nobody/nothing")
+
+
+@pytest.mark.parametrize("error", [Exception("407 Proxy Authentication Required"), OSError("no route"), TimeoutError()])
+def test_network_and_tokenizer_errors_of_any_kind(error, folder, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(UserError, match="neither a local folder nor a model that can be fetched") as caught:
+        Checkpoint.open("nobody/nothing")
+    assert "\n" not in str(caught.value)
+    monkeypatch.setattr(module.AutoTokenizer, "from_pretrained", fail)
+    with pytest.raises(UserError, match="has no tokenizer that loads"):
+        _ = Checkpoint.open(str(folder)).tokenizer
+
+
+def test_what_is_downloaded(monkeypatch, folder):
+    """Nothing that holds the same weights once more, no code, no pickles."""
+    asked = {}
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda _, **patterns: asked.update(patterns) or str(folder)
+    )
+    Checkpoint.open("some/model")
+    names = ["model-00001-of-00002.safetensors", "config.json", "tokenizer.model", "chat_template.jinja", "merges.txt"]
+    others = ["consolidated.safetensors", "original/params.json", "onnx/model.safetensors", "modeling.py", "model.bin"]
+    assert list(filter_repo_objects(names + others, **asked)) == names
