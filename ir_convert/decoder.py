@@ -14,6 +14,8 @@ from .families import Family, family_of, sliding_windows
 from .rope import SLIDING
 from .units import rms_normalised
 
+LOGITS = 1 << 24  # numbers: so many logits are in memory together
+
 # Positions ``[1, sequence]`` and hidden states, whose dtype it takes, to cosines and sines ``[1, sequence, rotated]``.
 Rotary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -142,6 +144,12 @@ class Decoder:
         load_layer(module, self.checkpoint, index, self.dtype, self.device)
         self._loaded = index
         return Layer(module, self.config, self._rotary(index), self._windows[index])
+
+    def for_logits(self, tokens: int) -> Iterator[slice]:
+        """Yields slices of ``tokens`` tokens whose logits may be in memory together."""
+        step = max(1, LOGITS // self.config.vocab_size)
+        for start in range(0, tokens, step):
+            yield slice(start, min(start + step, tokens))
 
     def head(self) -> "Head":
         """Loads the final norm and the language-model head."""

@@ -108,7 +108,7 @@ def measure(
         figures = torch.zeros(len(FIGURES), len(every), len(mine))
         head = decoder.head()
         for block, tokens in enumerate(mine):
-            figures[:, :, block] = _figures(head, x[slice(block, block + 1)][0].to(decoder.device), tokens)
+            figures[:, :, block] = _figures(decoder, head, x[slice(block, block + 1)][0].to(decoder.device), tokens)
         # x stays: a run that is killed before the figures are saved needs it again.
         rates = {f"{layer}.{unit}": rate for (layer, unit), rate in approximated.items()}
         return {"figures": figures} | rates
@@ -121,16 +121,19 @@ def measure(
 
 
 @torch.no_grad()
-def _figures(head: Callable[[Tensor], Tensor], x: Tensor, tokens: Tensor) -> Tensor:
+def _figures(decoder: Decoder, head: Callable[[Tensor], Tensor], x: Tensor, tokens: Tensor) -> Tensor:
     """Returns a block's figures ``[figures, thresholds]`` from the last layer's output ``[thresholds, sequence, hidden]``."""
-    labels, dense, rows = tokens[1:].to(x.device), None, []
-    for stream in x:
-        p = F.log_softmax(head(stream)[:-1], dim=-1)
-        dense = p if dense is None else dense
-        kl = (dense.exp() * (dense - p)).sum(-1)
-        agree = (p.argmax(-1) == dense.argmax(-1)).float()
-        rows.append(torch.stack([F.nll_loss(p, labels), kl.mean(), agree.mean()]))
-    return torch.stack(rows, dim=1).cpu()
+    labels, found = tokens[1:].to(x.device), torch.empty(len(FIGURES), len(x), len(tokens) - 1)
+    for part in decoder.for_logits(len(labels)):
+        dense = None
+        for index, stream in enumerate(x):
+            p = F.log_softmax(head(stream[part]), dim=-1)
+            dense = p if dense is None else dense
+            nll = F.nll_loss(p, labels[part], reduction="none")
+            kl = (dense.exp() * (dense - p)).sum(-1)
+            agree = (p.argmax(-1) == dense.argmax(-1)).float()
+            found[:, index, part] = torch.stack([nll, kl, agree]).cpu()
+    return found.mean(-1)
 
 
 def logits(decoder: Decoder, units: Units, ids: Tensor, threshold: float, kv_cache: str = "full") -> Tensor:

@@ -82,6 +82,7 @@ class Family:
         logit_divisor: logits are divided by it.
         logit_softcap: the same for logits.
         rope_layers: one truth value a layer: whether its queries and keys are rotated; None where all are.
+        windows: whether the configuration's sliding_window counts: some have the field left over from another family.
     """
 
     attention: Unit
@@ -95,6 +96,7 @@ class Family:
     logit_divisor: Number = _one
     logit_softcap: Cap = _none
     rope_layers: Callable[[PretrainedConfig], list[int] | None] = _none
+    windows: bool = True
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens.weight"
     final_norm: str = "model.norm.weight"
@@ -109,7 +111,8 @@ _ATTENTION_QK_NORM = replace(_ATTENTION, extras=("q_norm", "k_norm"))
 _MLP = Unit("mlp", "post_attention_layernorm", ("gate_proj", "up_proj", "down_proj"))
 _SANDWICH_MLP = replace(_MLP, norm="pre_feedforward_layernorm", post_norm="post_feedforward_layernorm")
 
-_LLAMA = Family(_ATTENTION, _MLP)
+_MISTRAL = Family(_ATTENTION, _MLP)
+_LLAMA = replace(_MISTRAL, windows=False)
 _GEMMA2 = Family(
     replace(_ATTENTION, post_norm="post_attention_layernorm"),
     _SANDWICH_MLP,
@@ -123,8 +126,8 @@ _GEMMA2 = Family(
 
 FAMILIES = {
     "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
+    "mistral": _MISTRAL,
+    "qwen2": _MISTRAL,
     "qwen3": Family(_ATTENTION_QK_NORM, _MLP),
     "gemma2": _GEMMA2,
     # Its configuration has a soft cap for attention as well, and its code in transformers does not use it.
@@ -138,8 +141,9 @@ FAMILIES = {
     "olmo2": Family(
         replace(_ATTENTION_QK_NORM, whole_norms=True, norm=None, post_norm="post_attention_layernorm"),
         replace(_MLP, norm=None, post_norm="post_feedforward_layernorm"),
+        windows=False,
     ),
-    "smollm3": replace(_LLAMA, rope_layers=lambda config: config.no_rope_layers),
+    "smollm3": replace(_MISTRAL, rope_layers=lambda config: config.no_rope_layers),
     "granite": replace(
         _LLAMA,
         embedding_scale=_field("embedding_multiplier"),
@@ -236,7 +240,7 @@ def layer_parameters(config: PretrainedConfig) -> int:
 def sliding_windows(config: PretrainedConfig) -> list[int | None]:
     """Returns, for each layer, how many positions back a token may look (itself included); None where all."""
     window = getattr(config, "sliding_window", None)
-    if not getattr(config, "use_sliding_window", True):
+    if not family_of(config).windows or not getattr(config, "use_sliding_window", True):
         window = None
     kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * (
         config.num_hidden_layers

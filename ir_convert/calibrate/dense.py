@@ -176,12 +176,15 @@ def _probe_gradients(
         # Drawn by the block's number over all processes: the probes do not depend on who computes them.
         generator = torch.Generator(decoder.device).manual_seed(seed * count + block * team.size + team.rank)
         at_output = torch.empty(1, PROBES, *x.shape[1:])
-        rows = x[slice(block, block + 1)].to(decoder.device).requires_grad_()
-        logits = head(rows)
-        p = logits.detach().softmax(-1)
-        for probe in range(PROBES):
-            noise = p.sqrt() * torch.randn(p.shape, generator=generator, device=p.device)
-            v = noise - p * noise.sum(-1, keepdim=True)
-            v[:, -1] = 0  # the last token's prediction has no target in its block
-            at_output[:, probe] = torch.autograd.grad(logits, rows, v, retain_graph=probe + 1 < PROBES)[0].cpu()
+        stream = x[slice(block, block + 1)].to(decoder.device)
+        for tokens in decoder.for_logits(stream.shape[1]):
+            rows = stream[:, tokens].requires_grad_()
+            logits = head(rows)
+            p = logits.detach().softmax(-1)
+            for probe in range(PROBES):
+                noise = p.sqrt() * torch.randn(p.shape, generator=generator, device=p.device)
+                v = noise - p * noise.sum(-1, keepdim=True)
+                gradient = torch.autograd.grad(logits, rows, v, retain_graph=probe + 1 < PROBES)[0]
+                at_output[:, probe, tokens] = gradient.cpu()
+        at_output[:, :, -1] = 0  # the last token's prediction has no target in its block
         target[slice(block, block + 1)] = at_output

@@ -7,6 +7,7 @@ import torch
 
 from ..checkpoint import Checkpoint
 from ..data import Blocks
+from ..decoder import LOGITS
 from ..families import layer_parameters, projection_sizes
 from .dense import PROBES
 from .forecaster import BATCH as FORECASTER_BATCH
@@ -18,6 +19,7 @@ from .router import STEPS as ROUTER_STEPS
 # Passes over the model that a token of each part makes: forward 1, backward 1 + 2 for each probe, refit 2; the thresholds of
 # both measurements; dense and routed.
 FIT_PASSES, THRESHOLD_PASSES, TEST_PASSES = 4 + 2 * PROBES, 20, 2
+LOGITS_COPIES = 7  # the probes' and what is computed from them
 QUANTISED_BYTES = 0.7  # of an int4 weight: 4 bits, and its share of a block's fp32 scale and zero point
 
 
@@ -62,7 +64,8 @@ def estimate(
 
     tall = 4 * fit * d * units * (2 + PROBES)  # inputs, outputs and gradients of one layer's units
     small = 16 * d * d * units + 4 * 2 * stored  # statistics; weights, twice while they are read
-    memory = 5 * 10**8 + max(tall + small, 4 * head + tall // 4)
+    logits = 4 * min(blocks.test.shape[1] * config.vocab_size, LOGITS)
+    memory = 5 * 10**8 + max(tall + small, 4 * head + tall // 4 + LOGITS_COPIES * logits)
     if options.recipe != "local" or options.polish:
         memory += 4 * (layers * stored + 2 * head) * 2
     states = 4 * d * max(fit * (layers + 1 + 2 * PROBES), threshold * THRESHOLD_PASSES * 2)
