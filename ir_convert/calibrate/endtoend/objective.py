@@ -11,7 +11,7 @@ from ...flops import Budget, Key
 from ...progress import Reporter
 from .gates import Gates, logistic_noise
 from .model import RoutedModel
-from .train import Descent, Trace, batches, cut, descend
+from .train import Descent, Trace, batches, begin_alike, cut, descend
 from .workers import Workers
 
 IGNORED = -100
@@ -71,7 +71,8 @@ def train_routed(
         seed: of the batches and the gates' noise, which is drawn for the whole batch: the number of processes is not seen.
     """
     generator = torch.Generator().manual_seed(seed)
-    labels = cut(blocks if objective.labels is None else objective.labels, descent.length)
+    labels = blocks if objective.labels is None else objective.labels
+    labels = cut(labels, descent.length, begin_alike(blocks))
     blocks = cut(blocks, descent.length)
     order, parts = batches(len(blocks), descent, generator), workers.rows(descent.batch, descent.micro_batch)
     keys = list(budget.overhead)

@@ -52,11 +52,24 @@ class Trace:
     saved: list[float] = field(default_factory=list)
 
 
-def cut(blocks: Tensor, length: int | None) -> Tensor:
-    """Cuts blocks ``[count, sequence]`` into shorter ones ``[more, length]``; a remainder is dropped."""
+def cut(blocks: Tensor, length: int | None, begun: bool | None = None) -> Tensor:
+    """Cuts blocks ``[count, sequence]`` into shorter ones ``[more, length]``; a remainder is dropped.
+
+    Args:
+        begun: whether each begins with a token that is not of the text (BOS), as each shorter one then does; None: where all
+            begin with the same.
+    """
     if length is None or length >= blocks.shape[1]:
         return blocks
-    return blocks[:, : blocks.shape[1] // length * length].reshape(-1, length)
+    first = blocks[:, :1] if (begin_alike(blocks) if begun is None else begun) else blocks[:, :0]
+    body = length - first.shape[1]
+    pieces = blocks[:, first.shape[1] :].unfold(1, body, body)  # [count, pieces, body]
+    return torch.cat([first.unsqueeze(1).expand(-1, pieces.shape[1], -1), pieces], dim=2).flatten(0, 1)
+
+
+def begin_alike(blocks: Tensor) -> bool:
+    """Whether all blocks ``[count, sequence]``, more than one, begin with the same token."""
+    return len(blocks) > 1 and bool((blocks[:, 0] == blocks[0, 0]).all())
 
 
 def batches(count: int, descent: Descent, generator: torch.Generator) -> Tensor:

@@ -50,6 +50,13 @@ def test_batches_draw_every_block_before_any_comes_again():
     rows = batches(5, Descent(steps=4, batch=3, lr=0.1), torch.Generator().manual_seed(0)).flatten().tolist()
     assert sorted(rows[:5]) == sorted(rows[5:10]) == list(range(5))
     assert cut(torch.arange(14).view(2, 7), 3).tolist() == [[0, 1, 2], [3, 4, 5], [7, 8, 9], [10, 11, 12]]
+    assert cut(torch.arange(14).view(2, 7), 6).tolist() == [[0, 1, 2, 3, 4, 5], [7, 8, 9, 10, 11, 12]]
+    begun = torch.tensor([[1, 5, 6, 7, 8, 9], [1, 2, 3, 4, 5, 6]])
+    assert cut(begun, 3).tolist() == [[1, 5, 6], [1, 7, 8], [1, 2, 3], [1, 4, 5]]
+    assert cut(cut(begun, 5), 3).tolist() == cut(begun, 3).tolist()
+    assert cut(begun[:1], 3).tolist() == [[1, 5, 6], [7, 8, 9]]  # of one block nobody can tell
+    labels = torch.tensor([[-100, 5, 6, 7, 8, 9], [1, 2, 3, 4, 5, 6]])
+    assert cut(labels, 3, True).tolist() == [[-100, 5, 6], [-100, 7, 8], [1, 2, 3], [1, 4, 5]]
 
 
 def test_paper_recipe_learns_forecasts_and_is_reproducible(small):
