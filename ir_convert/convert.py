@@ -5,18 +5,20 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from shutil import disk_usage
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from . import __version__
 from .calibrate import Options, calibrate
 from .calibrate.calibrate import check_reachable
 from .calibrate.estimate import estimate
-from .checkpoint import Checkpoint
+from .checkpoint import COPIED, Checkpoint
 from .choices import LOGITS
 from .data import Blocks, Source, read_blocks
-from .errors import UserError
+from .errors import UserError, one_line
 from .families import UNITS
 from .job import Job
 from .outputs import Output
@@ -146,12 +148,17 @@ def convert(
     sources = [Source.parse(text) for text in calibration]
     blocks = read_blocks(sources, checkpoint.tokenizer, tokens, block_size, text_field)
     job = Job(
-        {"ir-convert": __version__, "model": checkpoint.weights_sha256}
+        {
+            "ir-convert": __version__,
+            "model": checkpoint.weights_sha256,
+            "config.json": checkpoint.sha256(["config.json"]),
+        }
         | {_flag(name): value for name, value in options.as_dict().items()}
         | {"--tokens": tokens, "--block-size": block_size, "--calibration text": blocks.sha256}
         | {"--device": processor.type, "number of processes": team.size}
         | quantisation.calibrated(),
-        {"--dtype": dtype, "--trace": trace, "--logits": logits} | quantisation.stored(),
+        {"--dtype": dtype, "--trace": trace, "--logits": logits, "copied": checkpoint.sha256(COPIED)}
+        | quantisation.stored(),
     )
     done = [output for output in outputs if job.did(output, checkpoint)]
     if len(done) == len(outputs) and not restart:
@@ -160,9 +167,15 @@ def convert(
     writing = writing.only([output for output in outputs if restart or output not in done])
     writing.check(checkpoint)
 
-    work = job.work(outputs[0], restart, team)
-    view = quantisation.view(checkpoint, work.folder)
-    learned = _calibrate(view, blocks, options, job, processor, work, team, report)
+    try:
+        work = job.work(outputs[0], restart, team)
+        view = quantisation.view(checkpoint, work.folder)
+        learned = _calibrate(view, blocks, options, job, processor, work, team, report)
+    except (OSError, SafetensorError) as error:  # no room, no permission
+        raise UserError(
+            f"the calibration had to stop: {one_line(error)}. What was finished is kept in {job.folder(outputs[0])}: put "
+            "that right, and run the same command again"
+        ) from error
     sizes = {}
     if team.rank == 0:
         sizes = writing.write(checkpoint, learned, report)
@@ -189,7 +202,10 @@ def _calibrate(
     else:
         if work.begun:
             report.note(f"Going on with the interrupted run in {work.folder}.")
-        report.note(estimate(checkpoint, blocks, options, device, team.size).sentence())
+        expected = estimate(checkpoint, blocks, options, device, team.size)
+        report.note(expected.sentence())
+        if work.folder and not work.begun and (free := disk_usage(work.folder).free) < expected.disk * team.size:
+            report.note(f"{work.folder.parent} has {free / 1e9:.1f} GB free: that may be too little.")
         try:
             routing = calibrate(checkpoint, blocks, options, device=device, report=report, work=work, team=team)
         except torch.OutOfMemoryError as error:

@@ -40,13 +40,18 @@ class Job:
         except UserError:
             return False
 
+    @staticmethod
+    def folder(output: Output) -> Path:
+        """Returns where unfinished work lies: beside the output."""
+        return output.path.parent / f".{output.path.name}.work"
+
     def work(self, output: Output, restart: bool, team: Team) -> Work:
         """Opens the work folder beside the output, where an interrupted run of this job goes on.
 
         Raises:
             UserError: another job was interrupted there.
         """
-        folder = output.path.parent / f".{output.path.name}.work"
+        folder = self.folder(output)
         team.wait()
         if team.rank == 0:
             if restart:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checkpoint import TOKENIZER_FILES, Checkpoint, shards_of
+from .checkpoint import COPIED, Checkpoint, shards_of
 from .errors import UserError
 
 FOREIGN = {
@@ -45,7 +45,9 @@ class Output:
         suffix = path.suffix.lower()
         if suffix in FOREIGN or path.name.lower() in (".onnx", ".safetensors"):
             raise UserError(f"output '{path}' is of no known kind: name a .onnx file, a .safetensors file or a folder")
-        return cls(path, {".onnx": "onnx", ".safetensors": "routing"}.get(suffix, target))
+        kind = {".onnx": "onnx", ".safetensors": "routing"}.get(suffix, target)
+        # A folder is moved into place: where a link points to, for it would move the link.
+        return cls(path.resolve() if path.is_symlink() and kind == target else path, kind)
 
     @property
     def is_folder(self) -> bool:
@@ -76,7 +78,7 @@ class Output:
         beside = [
             "config.json",
             "genai_config.json",
-            *(file.name for file in checkpoint.files(("generation_config.json", *TOKENIZER_FILES))),
+            *(file.name for file in checkpoint.files(COPIED)),
         ]
         names = [*beside, self.routing_file.name, f"{self.path.name}.data", self.path.name]
         return [self.path.parent / name for name in names]
@@ -188,6 +190,10 @@ def _check_place(output: Output, model: Path) -> None:
         )
     if output.is_folder and path in (Path.cwd(), *Path.cwd().parents):
         raise UserError(f"output '{output.path}' is the folder you are in, or around it: name a new one")
+    if output.is_folder and path.is_mount():
+        raise UserError(
+            f"output '{output.path}' is a disk of its own, which cannot be replaced: name a folder inside it"
+        )
     if not output.is_folder and path.is_dir():
         raise UserError(f"output '{output.path}' is a folder, a file was expected")
 

@@ -1,12 +1,15 @@
 """An interrupted command goes on, a changed one is refused, a finished one is not repeated; several processes do as one."""
 
+import errno
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,11 +17,13 @@ from test_cli import run  # noqa: F401
 from trained import TINY
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from ir_convert import convert as module
 from ir_convert.calibrate import refit
 from ir_convert.calibrate.endtoend import polish
 from ir_convert.checkpoint import TOKENIZER_FILES
 from ir_convert.errors import UserError
 from ir_convert.routing import Routing
+from ir_convert.stream import work as stream_work
 from ir_convert.writing import Writing
 
 OPTIONS = ["--tokens", "3072", "--block-size", "64", "--rank", "4", "--router-width", "4", "--sparsity", "0.3"]
@@ -125,6 +130,32 @@ def test_goes_on_after_a_device_had_no_memory_left(model, tmp_path, run, monkeyp
     assert "Going on with the interrupted run" in err
 
 
+def test_goes_on_after_a_disk_had_no_room(model, tmp_path, run, monkeypatch):  # noqa: F811
+    def full(file, size):
+        if "refit" in file.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
+
+    out, work = tmp_path / "r.safetensors", tmp_path / ".r.safetensors.work"
+    with monkeypatch.context() as patch:
+        patch.setattr(stream_work, "reserve", full)
+        code, _, err = run(model, *OPTIONS, "--out", out)
+    assert code == 2
+    last = err.splitlines()[-1]
+    assert "No space left on device" in last
+    assert f"kept in {work}" in last
+    assert (work / "backward.0.safetensors").is_file()
+    code, _, err = run(model, *OPTIONS, "--out", out)
+    assert code == 0, err
+    assert "Going on with the interrupted run" in err
+
+
+def test_little_room_is_said_before(model, tmp_path, run, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(module, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    code, _, err = run(model, *OPTIONS, "--out", tmp_path / "r.safetensors")
+    assert code == 0, err
+    assert f"{tmp_path} has 0.0 GB free: that may be too little." in err
+
+
 def test_gradient_checkpointing_may_be_added_on_the_way(model, tmp_path, run, monkeypatch):  # noqa: F811
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -141,6 +172,31 @@ def test_gradient_checkpointing_may_be_added_on_the_way(model, tmp_path, run, mo
     code, _, err = run(model, *options, "--out", out)
     assert code == 0, err
     assert "Already done" in err
+
+
+def test_configuration_is_part_of_the_job(model, tmp_path, run):  # noqa: F811
+    base, out = tmp_path / "base", tmp_path / "r.safetensors"
+    shutil.copytree(model, base)
+    process = subprocess.Popen(command(base, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / ".r.safetensors.work" / "forward.1.safetensors").exists():
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    original = (base / "config.json").read_text("utf-8")
+    (base / "config.json").write_text(json.dumps(json.loads(original) | {"rope_theta": 500.0}), "utf-8")
+    code, _, err = run(base, *OPTIONS, "--out", out)
+    assert code == 2
+    assert "config.json was" in err
+    (base / "config.json").write_text(original, "utf-8")
+    assert run(base, *OPTIONS, "--out", out)[0] == 0
+    assert "Already done" in run(base, *OPTIONS, "--out", out)[2]
+    for name, change in (("config.json", {"rope_theta": 500.0}), ("generation_config.json", {"eos_token_id": 7})):
+        before = (base / name).read_text("utf-8")
+        (base / name).write_text(json.dumps(json.loads(before) | change), "utf-8")
+        code, _, err = run(base, *OPTIONS, "--out", out)
+        assert code == 2, name
+        assert "exists" in err
+        (base / name).write_text(before, "utf-8")
 
 
 def test_finished_is_not_repeated(model, unbroken, run):  # noqa: F811

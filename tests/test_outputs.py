@@ -129,6 +129,25 @@ def test_below_a_file(name, checkpoint, tmp_path):
         check(checkpoint, tmp_path / "notes.txt" / name)
 
 
+def test_mounted_folder_is_refused(checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "volume").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "volume")
+    with pytest.raises(UserError, match="is a disk of its own"):
+        check_outputs([Output.parse(tmp_path / "volume")], checkpoint, True, lambda _: 0)
+    check_outputs([Output.parse(tmp_path / "volume" / "model")], checkpoint, True, lambda _: 0)
+
+
+def test_link_to_a_folder_stays(tmp_path):
+    (tmp_path / "large-disk" / "out").mkdir(parents=True)
+    link = tmp_path / "out"
+    link.symlink_to(tmp_path / "large-disk" / "out")
+    for content in ("first", "second"):
+        Output.parse(link).write(lambda folder, content=content: (folder / "config.json").write_text(content) and None)
+        assert link.is_symlink()
+        assert (tmp_path / "large-disk" / "out" / "config.json").read_text() == content
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["large-disk", "out"]
+
+
 def test_full_disk_is_said_before_starting(checkpoint, tmp_path):
     with pytest.raises(UserError, match=r"GB free; the outputs need about"):
         check(checkpoint, tmp_path / "new" / "deep" / "m.onnx", size=shutil.disk_usage(tmp_path).free)

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..files import sync
+from ..files import reserve, sync
 from .team import Team
 
 Result = dict[str, Tensor]
@@ -30,7 +30,7 @@ class States:
         self._memory = torch.empty(shape) if path is None else None
         if path is not None and not (path.is_file() and path.stat().st_size == 4 * math.prod(shape)):
             with open(path, "wb") as file:
-                file.truncate(4 * math.prod(shape))
+                reserve(file, 4 * math.prod(shape))
 
     def __getitem__(self, rows: slice) -> Tensor:
         # A mapping of their own for each access: pages of one that stays open would count as the process's memory.
