@@ -171,7 +171,15 @@ class RoutedPackedAttention(RoutedAttention):
         config = self.config
         q, kv = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         start, stop = {"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv)}[part]
+        if whole(self.qkv_proj):
+            return self.qkv_proj(x)[..., start:stop]
         return F.linear(x, self.qkv_proj.weight[start:stop])
+
+
+def whole(linear: nn.Module) -> bool:
+    """Whether a projection has to run as a whole: adapters, quantized weights, offloading and hooks come in its call."""
+    hooked = hasattr(linear, "_hf_hook") or linear._forward_hooks or linear._forward_pre_hooks
+    return type(linear) is not nn.Linear or bool(hooked)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ Asked for: {routing.sparsity:.1%} of the decoder layers' linear FLOPs saved, for
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 
 model.set_sparsity(0.2)  # any share up to {routing.curve.sparsity[-1]:.3f}; 0 is the dense model
 with model.routing_statistics() as seen:

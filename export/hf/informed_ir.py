@@ -86,6 +86,7 @@ class InformedRouting:
                         setattr(layer, POST_NORMS[unit], norm)
                         routed.take_post_norm(norm)
         self._keep_in_fp32_modules_strict: Any = {"score"}
+        self._keep_in_fp32_modules: Any = {"score"}  # whoever quantizes leaves out these
         self.post_init()
 
     def set_sparsity(self, sparsity: float) -> None:

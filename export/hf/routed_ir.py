@@ -33,7 +33,9 @@ class Router(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         hidden = F.silu(self.hidden(h))
-        return self.score(hidden.to(self.score.weight.dtype)).squeeze(-1).float()
+        if self.score.weight.is_floating_point():  # where it is quantized, the layer casts for itself
+            hidden = hidden.to(self.score.weight.dtype)
+        return self.score(hidden).squeeze(-1).float()
 
 
 @dataclass
@@ -51,11 +53,8 @@ class PostNorm(nn.Module):
     Where the layer calls it, nothing is left to do.
     """
 
-    def forward(self, output: Tensor) -> Tensor:
-        return output
-
-    def normalise(self, output: Tensor) -> Tensor:
-        return super().forward(output)
+    def forward(self, output: Tensor, apply: bool = False) -> Tensor:
+        return super().forward(output) if apply else output
 
 
 class RoutedUnit(nn.Module):
@@ -88,7 +87,7 @@ class RoutedUnit(nn.Module):
 
     def finished(self, output: Tensor) -> Tensor:
         """Returns what the layer adds to the stream, but for its factor."""
-        return output if self.post_norm is None else self.post_norm.normalise(output)
+        return output if self.post_norm is None else self.post_norm(output, apply=True)
 
     def forecast(self, h: Tensor) -> Tensor:
         """Returns the forecast ``[..., hidden]`` as ``finished`` would return what it forecasts."""

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from ir_convert import __version__
 from ir_convert.checkpoint import INDEX, SINGLE, TOKENIZER_FILES, Checkpoint
+from ir_convert.errors import UserError
 from ir_convert.families import UNITS
 from ir_convert.files import sync
 from ir_convert.rope import all_rope_parameters
@@ -25,6 +26,8 @@ from .loader import MODELS
 CODE = ("configuration_ir.py", "modeling_ir.py", "informed_ir.py", "attention_ir.py", "routed_ir.py", "control_ir.py")
 ROPE = ("rope_parameters", "rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor")
 SHARD_BYTES = 2 * 10**9
+# Version 5 of transformers reads tokenizer.json as it is in these families, whatever class their folders name.
+TOKENIZED_AS_IS = ("granite", "mistral", "olmo2", "phi3")
 
 # Names in a RoutedUnit (units.py) and in the module of the checkpoint (routed_ir.py).
 PARAMETERS = {
@@ -124,9 +127,16 @@ def _name_tokenizer_class(checkpoint: Checkpoint, folder: Path) -> None:
     if not (path.is_file() or (folder / "tokenizer.json").is_file()):
         return
     values = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    name = values.get("tokenizer_class") or type(checkpoint.tokenizer).__name__
-    # Version 5 of transformers calls it TokenizersBackend and reads either name; version 4 knows only this one.
-    values["tokenizer_class"] = "PreTrainedTokenizerFast" if name == "TokenizersBackend" else name
+    try:
+        values["tokenizer_class"] = type(checkpoint.tokenizer).__name__
+    except UserError:  # it needs code or a package that is not here
+        if not values.get("tokenizer_class"):
+            raise
+    as_is = (folder / "tokenizer.json").is_file() and checkpoint.config.model_type in TOKENIZED_AS_IS
+    if as_is or values["tokenizer_class"] == "TokenizersBackend":
+        # Version 5 of transformers calls it TokenizersBackend and reads either name; version 4 knows only this one.
+        values["tokenizer_class"] = "PreTrainedTokenizerFast"
+        values.setdefault("model_input_names", ["input_ids", "attention_mask"])  # version 4 adds token_type_ids
     _write_json(path, values)
 
 
