@@ -6,15 +6,37 @@
 
 #include "../kernels/cpu/level.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace ir {
+
+#if defined(__x86_64__)
+namespace {
+
+// Feature by feature: not all compilers that build for these levels can ask for a level by its name, or for each feature.
+bool has_v3() {
+  unsigned a = 0, b = 0, c = 0, d = 0, extended = 0;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !__get_cpuid(0x80000001, &a, &b, &extended, &d)) return false;
+  return (c & bit_F16C) && (c & bit_MOVBE) && (extended & bit_LZCNT) && __builtin_cpu_supports("avx2") &&
+         __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+}
+bool has_v4() {
+  return has_v3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+}  // namespace
+#endif
 
 const Kernels& best_kernels() {
 #define IR_KERNELS(name, level, supported) {name, static_cast<bool>(supported), cpu::level::kFloat, cpu::level::kHalf, cpu::level::kInt4}
   static const Kernels all[] = {
 #if defined(__x86_64__)
-    IR_KERNELS("x86-64-v4-vnni", x86_64_v4_vnni, __builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512vnni")),
-    IR_KERNELS("x86-64-v4", x86_64_v4, __builtin_cpu_supports("x86-64-v4")),
-    IR_KERNELS("x86-64-v3", x86_64_v3, __builtin_cpu_supports("x86-64-v3")),
+    IR_KERNELS("x86-64-v4-vnni", x86_64_v4_vnni, has_v4() && __builtin_cpu_supports("avx512vnni")),
+    IR_KERNELS("x86-64-v4", x86_64_v4, has_v4()),
+    IR_KERNELS("x86-64-v3", x86_64_v3, has_v3()),
     IR_KERNELS("x86-64", x86_64, true),
 #else
     IR_KERNELS("native", native, true),

@@ -15,7 +15,8 @@ class StreamScratch : public cuda::Scratch {
   explicit StreamScratch(cudaStream_t stream) : stream_(stream) {}
   StreamScratch(const StreamScratch&) = delete;
   ~StreamScratch() override {
-    for (void* memory : all_) cudaFreeAsync(memory, stream_);
+    for (void* memory : all_)
+      if (cudaFreeAsync(memory, stream_) != cudaSuccess) cudaGetLastError();  // forgets it, as check does
   }
 
   void allocate(size_t count, const size_t* bytes, void** buffers) override {

@@ -102,11 +102,14 @@ class Emulator:
         self._library = ctypes.CDLL(str(library))
         for name, call in (("decide", Decide), ("mlp", Mlp), ("attention", Attention)):
             run, size = (getattr(self._library, f"emulate_{name}{part}") for part in ("", "_bytes"))
-            run.argtypes, run.restype = (c_int, c_int, c_int, POINTER(call)), c_char_p
+            run.argtypes, run.restype = (c_int, c_int, c_int, c_bool, POINTER(call)), c_char_p
             size.restype = c_size_t
             assert size() == ctypes.sizeof(call)
 
-    def run(self, unit: Unit, order: str = "forward", multiprocessors: int = 2, in_place: bool = True) -> list[NDArray]:
+    def run(
+        self, unit: Unit, order: str = "forward", multiprocessors: int = 2, in_place: bool = True,
+        capturing: bool = False,
+    ) -> list[NDArray]:  # fmt: skip
         """Returns the outputs, which were NaN before.
 
         Args:
@@ -114,6 +117,7 @@ class Emulator:
             order: one of ``ORDERS``.
             multiprocessors: of the device that is emulated; how work is split depends on it.
             in_place: whether a past with room is the present too.
+            capturing: whether the stream is captured in a CUDA graph; what is put on it is done at once nevertheless.
         """
         inputs = {name: np.ascontiguousarray(x) for name, x in unit.inputs.items()}
         outputs = unit.poisoned()
@@ -138,7 +142,7 @@ class Emulator:
             call.activation = ("silu", "gelu_pytorch_tanh").index(unit.attributes["activation"])
         if isinstance(call, Attention):
             outputs[1:] = self._attention(call, unit, inputs, in_place, outputs[1:])
-        failed = run(TYPES[unit.dtype], multiprocessors, ORDERS.index(order), byref(call))
+        failed = run(TYPES[unit.dtype], multiprocessors, ORDERS.index(order), capturing, byref(call))
         if failed is not None:
             raise RuntimeError(failed.decode())
         return outputs

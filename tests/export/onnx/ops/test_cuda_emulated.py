@@ -126,11 +126,47 @@ def test_options(emulator, length, strict, whole_norms, optional):
     check(emulator, unit, multiprocessors=20)
 
 
-def test_large_heads(emulator):
-    for length in (1, 18):
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [136, 160, 256])
+@pytest.mark.parametrize("length", [1, 40])
+def test_large_heads(emulator, length, head_dim, dtype):
+    """Longer calls are several tiles of queries."""
+    rng = np.random.default_rng(head_dim)
+    check(emulator, random_attention(rng, 1, length, 66, 1, (2, 1), head_dim, 16, "random", dtype=dtype))
+
+
+@pytest.mark.parametrize("length", [1, 18])
+def test_shared_memory_that_every_gpu_has(emulator, length):
+    """The device that is emulated has as little as any; a call that wants more fails."""
+    for head_dim in range(8, 257, 8):
         check(
-            emulator, random_attention(np.random.default_rng(1), 1, length, 66, 1, (2, 1), 256, 16, "all", dtype=HALF)
+            emulator,
+            random_attention(np.random.default_rng(1), 1, length, 3, None, (8, 1), head_dim, 8, dtype=HALF),
+            ("forward",),
         )
+
+
+def test_too_little_shared_memory(emulator):
+    unit = random_decide(np.random.default_rng(0), 1, 1, 8, 0, 25345)
+    with pytest.raises(
+        RuntimeError, match="layers needs 101380 bytes of shared memory a block, of which the GPU has 101376"
+    ):
+        emulator.run(unit)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("execute", EXECUTES)
+def test_captured(emulator, execute, dtype):
+    """In a CUDA graph nothing waits for the device: many tokens are all computed."""
+    rng = np.random.default_rng(5)
+    check(emulator, random_mlp(rng, 2, 20, 72, 96, execute, ("post_norm",), dtype), capturing=True)
+    check(emulator, random_decide(rng, 2, 20, 72, dtype=dtype), capturing=True)
+    for strict in (False, True):
+        for batch, length in ((2, 20), (10, 4)):  # in tiles, and each query by itself
+            unit = random_attention(
+                rng, batch, length, 70, 4, (4, 1), 64, 32, execute, strict, "left", OPTIONAL, strict, dtype
+            )
+            check(emulator, unit, capturing=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -17,10 +17,12 @@ from ir_convert.export.onnx.int4 import Int4
 from ir_convert.export.onnx.ops import level, supported
 from ir_convert.export.onnx.ops.library import VARIABLE
 from ir_convert.runtime import OnnxModel
+from ir_convert.runtime import library as choosing
 from ir_convert.runtime.library import choose, usable
-from ir_convert.runtime.loading import Model
+from ir_convert.runtime.loading import Model, inspect
 
 CPU = ["CPUExecutionProvider"]
+CUDA = ["CUDAExecutionProvider", *CPU]
 IDS = np.random.default_rng(3).integers(3, 131, (2, 9))
 
 
@@ -44,12 +46,13 @@ def export(tmp_path_factory):
 def units(library, dtype="float32", **changed) -> Model:
     """A model that calls RoutedMLP as the library has it, but for what is changed: the inputs of functions."""
     mlp = supported(library)[CPU[0], "ir", "RoutedMLP", "float32"]
-    return Model({}, {("ir", "RoutedMLP"): mlp, **{("ir", k): v for k, v in changed.items()}}, dtype)
+    return Model({}, {("ir", "RoutedMLP"): mlp, **{("ir", k): v for k, v in changed.items()}}, dtype, 64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_found_and_registered(export, library, monkeypatch, dtype):
     folder = export(dtype=dtype)
+    assert inspect(folder / "ir-tiny.onnx").head_dim == 8
     own = OnnxModel.load(folder, CPU, threads=1)
     assert own.library is None  # the tests' environment names none
     monkeypatch.setenv(VARIABLE, str(library))
@@ -79,10 +82,10 @@ def test_int4_is_for_the_cpu_alone(library):
     functions = {
         ("ir.int4", name): supported(library)[CPU[0], "ir.int4", name, "float32"] for name in ("Decide", "RoutedMLP")
     }
-    model = Model({}, functions, "float32")
+    model = Model({}, functions, "float32", 64)
     assert usable(library, model, CPU)
     assert not usable(library, replace(model, dtype="float16"), CPU)  # its decisions would be in float16
-    assert not usable(library, model, ["CUDAExecutionProvider", *CPU])
+    assert not usable(library, model, CUDA)
 
 
 def test_what_a_library_can_run(library):
@@ -97,7 +100,7 @@ def test_what_a_library_lacks(library):
     assert not usable(library, units(library, RoutedMLP=inputs[:-1]), CPU)
     assert not usable(library, units(library, RoutedMLP=(*inputs, "new")), CPU)
     assert not usable(library, units(library, DenseMLP=("h",)), CPU)
-    assert not usable(library, Model({}, {}, "float32"), CPU)
+    assert not usable(library, Model({}, {}, "float32", 64), CPU)
     assert not usable(library, units(library), ["AnotherExecutionProvider", *CPU])
 
 
@@ -109,7 +112,52 @@ def test_named_library_that_cannot_run_the_model(library):
         choose(library, units(library, "bfloat16"), CPU)
     with pytest.raises(UserError, match="with the inputs that this model has: they are of another version"):
         choose(str(library), units(library, RoutedMLP=inputs[:-1]), CPU)
-    assert choose(library, Model({}, {}, "float32"), CPU) == library  # nothing of it would run, and nothing is harmed
+    assert choose(library, Model({}, {}, "float32", 64), CPU) == library  # nothing of it would run or is harmed
+
+
+@pytest.fixture
+def gpu(library, monkeypatch):
+    """Gives the library kernels for CUDA too; returns what sets the GPU's capability, or has torch see no GPU at None."""
+    table = supported(library)
+    more = {(CUDA[0], *key): inputs for (_, *key), inputs in table.items()}
+    monkeypatch.setattr(choosing, "supported", lambda _: table | more)
+
+    def see(capability: tuple[int, int] | None) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+
+    return see
+
+
+def test_gpus_that_the_kernels_are_for(library, gpu):
+    for capability in ((8, 0), (8, 9), (9, 0), (12, 0), None):
+        gpu(capability)
+        assert usable(library, units(library), CUDA)
+    gpu((7, 5))
+    assert usable(library, units(library), CPU)
+    assert not usable(library, units(library), CUDA)
+    with pytest.raises(
+        UserError, match=r"for float32 on CUDAExecutionProvider below compute capability 8.0: the GPU has 7.5"
+    ):
+        choose(library, units(library), CUDA)
+    assert choose(library, Model({}, {}, "float32", 64), CUDA) == library  # nothing of it would run
+
+
+def test_heads_that_the_cuda_kernels_are_for(library, gpu):
+    gpu(None)
+    functions = {
+        ("ir", name): supported(library)[CPU[0], "ir", name, "float32"] for name in ("RoutedMLP", "DenseAttention")
+    }
+    for head_dim in (8, 80, 160, 256):
+        assert usable(library, Model({}, functions, "float32", head_dim), CUDA)
+    for head_dim in (100, 264):
+        model = Model({}, functions, "float32", head_dim)
+        assert usable(library, model, CPU)
+        assert usable(library, replace(units(library), head_dim=head_dim), CUDA)  # an MLP has no heads
+        assert not usable(library, model, CUDA)
+        said = f"has no kernel of ir::DenseAttention for float32 on {CUDA[0]} in heads of {head_dim} components, but of"
+        with pytest.raises(UserError, match=said):
+            choose(library, model, CUDA)
 
 
 def test_environment(library, monkeypatch, tmp_path):

@@ -2,6 +2,8 @@
 // blocks of kRows, [in, kRows], so that the innermost loop reads both in order.
 #pragma once
 
+#include <type_traits>
+
 #include "simd.h"
 
 namespace ir::cpu::IR_LEVEL {
@@ -13,7 +15,9 @@ inline constexpr int kRows = 12;
 #else
 inline constexpr int kRows = 6;
 #endif
-inline constexpr int64_t kDepth = 256;  // so many rows of a panel stay in the first cache
+// So many rows of a panel are multiplied at once: they stay in the second cache, those that are made numbers first in the first.
+template <typename T>
+inline constexpr int64_t kDepth = std::is_same_v<T, float> ? 1024 : 256;
 
 // c[r][0..N vectors] (+)= sum over k of a[r * a_row + k * a_step] * b[k * b_step + ...]
 template <int R, int N>
@@ -85,7 +89,7 @@ inline void pack(const T* weight, int64_t in, int64_t out, T* packed) {
 
 inline const float* numbers_of(const float* packed, int64_t) { return packed; }
 inline const float* numbers_of(const Half* packed, int64_t depth) {
-  float* slab = scratch(Use::kSlab, kDepth * kColumns);
+  float* slab = scratch(Use::kSlab, kDepth<Half> * kColumns);
   widen(packed, depth * kColumns, slab);
   return slab;
 }
@@ -94,7 +98,7 @@ inline const float* numbers_of(const Half* packed, int64_t depth) {
 template <typename T>
 inline const float* slab_of(const Weight<T>& weight, int64_t panel, int64_t first, int64_t depth) {
   if (weight.packed != nullptr) return numbers_of(weight.packed + (panel * weight.in + first) * kColumns, depth);
-  float* slab = scratch(Use::kSlab, kDepth * kColumns);
+  float* slab = scratch(Use::kSlab, kDepth<T> * kColumns);
   copy_slab(weight.data, weight.out, first, depth, panel * kColumns, slab);
   return slab;
 }
@@ -112,8 +116,8 @@ inline void multiply_slab(const float* blocks, int64_t rows, int64_t in, const f
 // One panel of rows times weight: product [rows, kColumns]. Columns past the weight's last are 0.
 template <typename T>
 inline void multiply(const float* blocks, int64_t rows, const Weight<T>& weight, int64_t panel, float* product) {
-  for (int64_t first = 0; first < weight.in; first += kDepth) {
-    const int64_t depth = least(kDepth, weight.in - first);
+  for (int64_t first = 0; first < weight.in; first += kDepth<T>) {
+    const int64_t depth = least(kDepth<T>, weight.in - first);
     multiply_slab(blocks, rows, weight.in, slab_of(weight, panel, first, depth), first, depth, product);
   }
 }

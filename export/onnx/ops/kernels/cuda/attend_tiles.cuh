@@ -176,7 +176,7 @@ void attend_tiles(const Device& device, const Attend<T>& a, int rows) {
                       : components <= 80 ? attend_tiles_of<T, 5, 4>
                       : components <= 96 ? attend_tiles_of<T, 6, 4>
                       : components <= 128 ? attend_tiles_of<T, 8, 4>
-                                          : attend_tiles_of<T, 16, 4>;
+                                          : attend_tiles_of<T, 16, 2>;  // of 4 warps not all GPUs could hold the tiles
   attend(device, a, rows);
 }
 

@@ -43,9 +43,11 @@ class Blas {
 
   // All row-major: y[rows, columns] = x[rows, depth] weight[depth, columns].
   void multiply(cudaStream_t stream, cudaDataType type, const void* x, int rows, int depth, const void* weight, int columns, void* y) {
+    const Handle made = handle(stream);  // for no rows too: none can be made once a CUDA graph is captured
+    if (rows == 0) return;
     const float one = 1, zero = 0;
     // To cuBLAS, a row-major matrix is the transposed one, column-major.
-    succeed(gemm_(handle(stream), 0, 0, columns, rows, depth, &one, weight, type, columns, x, type, depth, &zero, y, type, columns,
+    succeed(gemm_(made, 0, 0, columns, rows, depth, &one, weight, type, columns, x, type, depth, &zero, y, type, columns,
                   kCompute32F, -1));
   }
 
@@ -90,7 +92,6 @@ constexpr cudaDataType kDataType = std::is_same_v<T, float> ? CUDA_R_32F : std::
 
 template <typename T>
 void multiply(const Device& device, const T* x, int rows, int depth, const T* weight, int columns, T* y) {
-  if (rows == 0) return;
 #ifdef __CUDACC__
   Blas::instance().multiply(device.stream, kDataType<T>, x, rows, depth, weight, columns, y);
 #else

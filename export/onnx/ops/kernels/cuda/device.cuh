@@ -43,7 +43,27 @@ std::tuple<T*...> allocate(const Device& device, Count... counts) {
 }
 
 inline void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw Failure(std::string(what) + " failed: " + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // forgets the error, which the next call would take for its own
+  throw Failure(std::string(what) + " failed: " + cudaGetErrorString(error));
+}
+
+// Whether a CUDA graph is captured: what is put on the stream runs later then, and as often as the graph is replayed.
+inline bool capturing(const Device& device) {
+  cudaStreamCaptureStatus status = {};
+  check(cudaStreamIsCapturing(device.stream, &status), "asking for a capture");
+  return status != cudaStreamCaptureStatusNone;
+}
+
+// Lets a kernel's blocks have all shared memory that the device has: as much for every call, for calls may meet here.
+inline void allow_shared(const void* kernel, size_t shared, const char* name) {
+  int device = 0, most = 0;
+  check(cudaGetDevice(&device), name);
+  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), name);
+  if (shared > static_cast<size_t>(most))
+    throw Failure(std::string(name) + " needs " + std::to_string(shared) + " bytes of shared memory a block, of which the GPU has " +
+                  std::to_string(most));
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), name);
 }
 
 // A block's dynamic shared memory: the only kind that is used, for its size is then told at the launch.
@@ -62,16 +82,13 @@ template <typename... Parameters, typename... Arguments>
 void launch(const Device& device, const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 threads, size_t shared,
             Arguments... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-#ifdef __CUDACC__
   // More than this has to be asked for.
-  if (shared > 48 << 10) {
-    const auto size = static_cast<int>(shared);
-    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, size), name);
-  }
+  if (shared > 48 << 10) allow_shared(reinterpret_cast<const void*>(kernel), shared, name);
+#ifdef __CUDACC__
   kernel<<<grid, threads, shared, device.stream>>>(Parameters(arguments)...);
   check(cudaGetLastError(), name);
 #else
-  (void)device, (void)name;
+  (void)device;
   emulate::launch(grid, threads, shared, [&] { kernel(Parameters(arguments)...); });
 #endif
 }

@@ -75,10 +75,10 @@ void gather(const Device& device, const Rows& rows, int count, const T* from, T*
   launch(device, "gather", kernel, count, 256, 0, rows, from, to, width);
 }
 
-// Finds the executed tokens' rows.
+// Finds the executed tokens' rows. While a CUDA graph is captured, all tokens have one: it launches the same whatever executes.
 inline Rows compact(const Device& device, int batch, int sequence, const bool* execute) {
   Rows rows{batch, sequence, execute, nullptr, nullptr, nullptr};
-  if (execute == nullptr) return rows;
+  if (execute == nullptr || capturing(device)) return rows;
   auto [rank, tokens, first] = allocate<int, int, int>(device, rows.count(), rows.count(), batch + 1);
   launch(device, "compaction", compact_rows<kCompacting>, 1, kCompacting, kCompacting / kWarp * sizeof(int), rows, rank, tokens,
          first);

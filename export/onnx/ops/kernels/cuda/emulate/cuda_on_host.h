@@ -39,6 +39,7 @@ namespace emulate {
 
 inline dim3 block_index, block_size, grid_size;
 inline void* shared = nullptr;
+inline bool capturing = false;  // as if a CUDA graph were captured; all is done at once nevertheless
 
 inline dim3 thread_index() {
   const unsigned i = block().current->index;
@@ -119,9 +120,18 @@ inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
 // The runtime: one stream, on which all is done when a call returns.
 using cudaStream_t = void*;
 using cudaEvent_t = void*;
-enum cudaError_t { cudaSuccess };
+enum cudaError_t { cudaSuccess, cudaErrorStreamCaptureUnsupported };
 enum cudaMemcpyKind { cudaMemcpyDeviceToDevice, cudaMemcpyDeviceToHost };
-inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+inline const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "not while capturing"; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+enum { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int) {
+  constexpr int kShared = 99 << 10;  // what every GPU has, from compute capability 8.0 on
+  return *value = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? kShared : 7, cudaSuccess;
+}
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
   std::memcpy(to, from, bytes);
   return cudaSuccess;
@@ -143,25 +153,25 @@ inline cudaError_t cudaFreeHost(void* memory) {
 enum cudaEventFlag { cudaEventDisableTiming };
 inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t*, cudaEventFlag) { return cudaSuccess; }
 inline cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
-inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
+inline cudaError_t cudaEventSynchronize(cudaEvent_t) {
+  return emulate::capturing ? cudaErrorStreamCaptureUnsupported : cudaSuccess;
+}
 inline cudaError_t cudaEventDestroy(cudaEvent_t) { return cudaSuccess; }
-enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone };
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-  *status = cudaStreamCaptureStatusNone;
+  *status = emulate::capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
 
 // What the bindings ask of the runtime, for memory of the units.
 using cudaMemPool_t = void*;
-enum { cudaMemAllocationTypePinned, cudaMemLocationTypeDevice, cudaMemPoolAttrReleaseThreshold, cudaDevAttrMultiProcessorCount };
+enum { cudaMemAllocationTypePinned, cudaMemLocationTypeDevice, cudaMemPoolAttrReleaseThreshold };
 struct cudaMemPoolProps {
   int allocType;
   struct {
     int type, id;
   } location;
 };
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int* multiprocessors, int, int) { return *multiprocessors = 7, cudaSuccess; }
 inline cudaError_t cudaMemPoolCreate(cudaMemPool_t* pool, const cudaMemPoolProps*) { return *pool = pool, cudaSuccess; }
 inline cudaError_t cudaMemPoolSetAttribute(cudaMemPool_t, int, void*) { return cudaSuccess; }
 inline cudaError_t cudaMallocFromPoolAsync(void** to, size_t bytes, cudaMemPool_t, cudaStream_t) {

@@ -23,9 +23,10 @@ struct Poisoned : Scratch {
 };
 
 template <template <typename> class Call, typename Run>
-const char* run(int type, int multiprocessors, int order, const void* call, Run&& unit) {
+const char* run(int type, int multiprocessors, int order, bool capturing, const void* call, Run&& unit) {
   static std::string message;
   emulate::block().order = static_cast<emulate::Order>(order);
+  emulate::capturing = capturing;
   Poisoned scratch;
   const Device device{nullptr, multiprocessors, scratch};
   try {
@@ -42,14 +43,14 @@ const char* run(int type, int multiprocessors, int order, const void* call, Run&
 }  // namespace
 
 // These return what failed, or null.
-extern "C" const char* emulate_decide(int type, int multiprocessors, int order, const void* call) {
-  return run<Decide>(type, multiprocessors, order, call, [](auto&... x) { decide(x...); });
+extern "C" const char* emulate_decide(int type, int multiprocessors, int order, bool capturing, const void* call) {
+  return run<Decide>(type, multiprocessors, order, capturing, call, [](auto&... x) { decide(x...); });
 }
-extern "C" const char* emulate_mlp(int type, int multiprocessors, int order, const void* call) {
-  return run<Mlp>(type, multiprocessors, order, call, [](auto&... x) { mlp(x...); });
+extern "C" const char* emulate_mlp(int type, int multiprocessors, int order, bool capturing, const void* call) {
+  return run<Mlp>(type, multiprocessors, order, capturing, call, [](auto&... x) { mlp(x...); });
 }
-extern "C" const char* emulate_attention(int type, int multiprocessors, int order, const void* call) {
-  return run<Attention>(type, multiprocessors, order, call, [](auto&... x) { attention(x...); });
+extern "C" const char* emulate_attention(int type, int multiprocessors, int order, bool capturing, const void* call) {
+  return run<Attention>(type, multiprocessors, order, capturing, call, [](auto&... x) { attention(x...); });
 }
 extern "C" size_t emulate_decide_bytes() { return sizeof(Decide<float>); }
 extern "C" size_t emulate_mlp_bytes() { return sizeof(Mlp<float>); }
