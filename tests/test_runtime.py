@@ -194,8 +194,17 @@ def test_errors_say_what_to_do(base, model, tmp_path, prompt):
         for run in (model.logits, lambda ids: next(model.generate(ids))):
             with pytest.raises(UserError, match=message):
                 run(ids)
-    with pytest.raises(UserError, match=r"attention_mask \[1, 3\] is not of 1 texts, of 9 new tokens"):
-        model.logits(prompt, np.ones((1, 3)))
+    for run in (model.logits, lambda *arguments: next(model.generate(*arguments))):
+        for shape in ((1, 3), (1, 14), (2, 9), (9,)):
+            with pytest.raises(UserError, match=rf"attention_mask \{list(shape)} is not \[1, 9\]: give 0 or 1"):
+                run(prompt, np.ones(shape))
+        with pytest.raises(UserError, match="input_ids hold 131, the model has 0 to 130"):
+            run([[5, 131]])
+    with pytest.raises(UserError, match=r"position_ids \[1, 3\] are not \[1, 9\]: give one for every new token"):
+        model.logits(prompt, position_ids=np.arange(3)[None])
+    with pytest.raises(UserError, match="max_new_tokens -3 is negative"):
+        next(model.generate(prompt, max_new_tokens=-3))
+    assert not list(model.generate(prompt, max_new_tokens=0))
     for setting in ({"temperature": -1.0}, {"temperature": math.nan}, {"top_k": 0}, {"top_p": 1.5}):
         with pytest.raises(UserError, match="top_k 0 leaves no token" if "top_k" in setting else "is not in"):
             next(model.generate(prompt, **{"temperature": 1.0} | setting))
@@ -228,6 +237,48 @@ def test_errors_say_what_to_do(base, model, tmp_path, prompt):
     onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "other", [x], [y])), tmp_path / "other.onnx")
     with pytest.raises(UserError, match="not written by ir-convert"):
         OnnxModel.load(tmp_path / "other.onnx")
+
+
+def test_a_cache_must_be_that_of_the_same_texts(model, prompt):
+    _, past = model.forward(prompt[:, :8])
+    for shape in ((1, 1), (1, 8), (1, 13)):  # the first would write over the first slot
+        with pytest.raises(UserError, match=rf"attention_mask \{list(shape)} is not \[1, 9\].*cached ones before new"):
+            model.forward(prompt[:, 8:], np.ones(shape), past=past)
+    with pytest.raises(UserError, match=r"past_key_values.0.key is float32 \[1, 2, 8, 8\], not float32 \[2, 2, 8, 8\]"):
+        model.forward(prompt[:, 8:].repeat(2, 0), past=past)
+    with pytest.raises(
+        UserError, match=r"past_key_values.0.value is float32 \[1, 2, 5, 8\], not float32 \[1, 2, 8, 8\]"
+    ):
+        model.forward(prompt[:, 8:], past=[past[0], past[1][:, :, :5], *past[2:]])
+    with pytest.raises(UserError, match=r"past_key_values.0.key is float16"):
+        model.forward(prompt[:, 8:], past=[part.astype(np.float16) for part in past])
+    with pytest.raises(UserError, match="past holds 5 arrays, not 6"):
+        model.forward(prompt[:, 8:], past=past[1:])
+    logits, _ = model.forward(prompt[:, 8:], np.ones((1, 9)), np.array([[8]]), past)
+    np.testing.assert_allclose(logits[:, 0], model.logits(prompt)[:, -1], atol=1e-4)
+
+
+def test_one_end_token(model, prompt):
+    end = int(generate(model, prompt, tokens=5)[0, 3])
+    np.testing.assert_array_equal(generate(model, prompt, eos_ids=end), generate(model, prompt, eos_ids=[end]))
+
+
+def test_options_with_native_kernels_serve_one_load(base, library, prompt):
+    options = ort.SessionOptions()
+    for _ in range(2):
+        OnnxModel.load(base[1], threads=1, options=options, library=False)
+    model = OnnxModel.load(base[1], threads=1, options=options, library=library)
+    for again in (library, False):
+        with pytest.raises(UserError, match="session options hold native kernels already: give every load"):
+            OnnxModel.load(base[1], threads=1, options=options, library=again)
+    options = ort.SessionOptions()
+    options.register_custom_ops_library(str(library))
+    with pytest.raises(UserError, match="or library=False to keep the kernels that they hold"):
+        OnnxModel.load(base[1], threads=1, options=options, library=library)
+    options = ort.SessionOptions()
+    options.register_custom_ops_library(str(library))
+    kept = OnnxModel.load(base[1], threads=1, options=options, library=False)
+    np.testing.assert_array_equal(kept.logits(prompt), model.logits(prompt))
 
 
 def test_generation_copies_no_cache(base, prompt, tmp_path):

@@ -8,9 +8,13 @@ from ir_convert.checkpoint import Checkpoint
 from ir_convert.errors import UserError
 from ir_convert.families import head_dim
 
+from .rotary import long_text_bound
+
 FILE = "genai_config.json"
 # genai's name for a decoder with a key-value cache and nothing special: right for every family, known or to come.
 TYPE = "decoder"
+# The same, but that genai runs a text anew when its 4097th token comes, whatever the model's own bound: see ``long_text_bound``.
+LONG_TYPE, LONG_BOUND = "phi3", 4096
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
 _ERRORS_ONLY = 3
 
@@ -33,7 +37,7 @@ def settings(checkpoint: Checkpoint, name: str, share_buffer: bool = False) -> d
     config, generation = checkpoint.config, _generation(checkpoint)
     return {
         "model": {
-            "type": TYPE,
+            "type": LONG_TYPE if long_text_bound(config) == LONG_BOUND else TYPE,
             **_tokens(checkpoint, generation),
             "vocab_size": config.vocab_size,
             "context_length": config.max_position_embeddings,

@@ -10,6 +10,8 @@ from ir_convert.families import UNITS
 from ir_convert.routing import Routing
 from ir_convert.units import RoutedUnit
 
+from .rotary import long_text_bound
+
 
 def metadata(checkpoint: Checkpoint, routing: Routing) -> dict[str, Any]:
     """Returns what the model file says about itself (JSON, property ``ir_convert``)."""
@@ -30,6 +32,7 @@ def metadata(checkpoint: Checkpoint, routing: Routing) -> dict[str, Any]:
         "rank": sizes(lambda unit: unit.forecaster.rank),
         "router_width": sizes(lambda unit: unit.router.width),
         "kv_cache": routing.kv_cache,
+        "long_text_bound": long_text_bound(checkpoint.config),
         "sparsity": routing.sparsity,
         "threshold": threshold if math.isfinite(threshold) else str(threshold),  # JSON has no infinity
         "sparsity_curve": {"sparsity": routing.curve.sparsity, "threshold": routing.curve.threshold},

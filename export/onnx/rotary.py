@@ -40,6 +40,17 @@ class Rotation(NamedTuple):
     width: int
 
 
+def long_text_bound(config: PretrainedConfig, layer: int = 0) -> int | None:
+    """Returns how many tokens a text may have before it gets frequencies of long texts; None where it never does.
+
+    Keys that were cached before have those of short texts: who generates runs the whole text again where it passes the bound.
+    """
+    parameters = rope_parameters(config, layer)
+    if parameters.get("rope_type") != LONG:
+        return None
+    return parameters.get("original_max_position_embeddings") or config.original_max_position_embeddings
+
+
 def frequencies(config: PretrainedConfig, layer: int = 0) -> Frequencies:
     """Asks the model's own code for a layer's rotary embedding.
 
@@ -60,10 +71,8 @@ def frequencies(config: PretrainedConfig, layer: int = 0) -> Frequencies:
         )
     rotary = type(module)(config=module.config)  # on the CPU
     inverse, scale = getattr(rotary, f"{prefix}inv_freq").float().clone(), getattr(rotary, f"{prefix}attention_scaling")
-    if kind != LONG:
+    if (bound := long_text_bound(config, layer)) is None:
         return Frequencies(inverse, float(scale))
-    parameters = rope_parameters(config, layer)
-    bound = parameters.get("original_max_position_embeddings") or config.original_max_position_embeddings
     rotary(torch.zeros(1), torch.tensor([[bound]]))  # which leaves it with those of long texts
     return Frequencies(inverse, float(scale), rotary.inv_freq.float(), bound)
 

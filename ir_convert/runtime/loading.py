@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import onnx
 import onnxruntime as ort
 import torch
 from google.protobuf.message import DecodeError
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..export.onnx.ops import BUILD
 
 _DTYPES = {
@@ -20,6 +21,7 @@ _DTYPES = {
     onnx.TensorProto.FLOAT16: "float16",
     onnx.TensorProto.BFLOAT16: "bfloat16",
 }
+_WITH_LIBRARY: "WeakSet[ort.SessionOptions]" = WeakSet()  # options that hold a library, for as long as they live
 
 
 def providers() -> list[str]:
@@ -38,6 +40,42 @@ def model_file(path: Path) -> Path:
     return path
 
 
+def end_tokens(path: Path) -> frozenset[int]:
+    """Returns the tokens that end a text, by the configuration files beside a model."""
+    for name in ("generation_config.json", "config.json"):
+        file = path.with_name(name)
+        try:
+            ids = json.loads(file.read_text("utf-8")).get("eos_token_id") if file.is_file() else None
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{file} is damaged: {one_line(error)}") from error
+        if ids is not None:
+            return frozenset([ids] if isinstance(ids, int) else ids)
+    return frozenset()
+
+
+def open_session(
+    path: Path, options: ort.SessionOptions, providers: Sequence[str], library: Path | None
+) -> ort.InferenceSession:
+    """Opens a session, where there is a library with its native kernels: the options hold them from then on.
+
+    Raises:
+        UserError: the options hold native kernels already, or ONNX Runtime cannot load the model.
+    """
+    held = "these session options hold native kernels already: give every load options of its own"
+    if options in _WITH_LIBRARY:
+        raise UserError(held)
+    try:
+        if library is not None:
+            _WITH_LIBRARY.add(options)
+            options.register_custom_ops_library(str(library.resolve()))
+        return ort.InferenceSession(str(path), options, providers=list(providers))
+    except Exception as error:  # onnxruntime's exceptions share no base class of their own
+        said = str(error).splitlines()[0]
+        if "Domain already set" in said:  # the caller registered a library
+            raise UserError(f"{held}, or library=False to keep the kernels that they hold") from error
+        raise UserError(f"ONNX Runtime cannot load {path}: {said}") from error
+
+
 @dataclass(frozen=True)
 class Model:
     """What a model file says of itself.
@@ -46,11 +84,13 @@ class Model:
         metadata: see ``ir_convert.export.onnx.metadata``.
         functions: by (domain, name), the inputs of each function that it holds.
         dtype: of its units: ``float32``, ``float16`` or ``bfloat16``.
+        head_dim: of its attention: how many components a head has.
     """
 
     metadata: dict[str, Any]
     functions: dict[tuple[str, str], tuple[str, ...]]
     dtype: str
+    head_dim: int
 
 
 def warn_if_slow(model: Model, providers: Sequence[str], library: Path | None) -> None:
@@ -82,6 +122,7 @@ def inspect(path: Path) -> Model:
             raise UserError(f"{path} needs its weights '{where['location']}' beside it: copy both files together")
         if data.stat().st_size < int(where.get("offset", 0)) + int(where.get("length", 0)):
             raise UserError(f"{data} is shorter than {path.name} says: copy both files together again")
-    (element,) = {value.type.tensor_type.elem_type for value in proto.graph.output if value.name.startswith("present.")}
+    caches = [value.type.tensor_type for value in proto.graph.output if value.name.startswith("present.")]
+    ((element, head_dim),) = {(cache.elem_type, cache.shape.dim[3].dim_value) for cache in caches}
     functions = {(function.domain, function.name): tuple(function.input) for function in proto.functions}
-    return Model(json.loads(properties["ir_convert"]), functions, _DTYPES[element])
+    return Model(json.loads(properties["ir_convert"]), functions, _DTYPES[element], head_dim)

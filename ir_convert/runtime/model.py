@@ -1,6 +1,5 @@
 """A routed model in an ONNX Runtime session."""
 
-import json
 import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,13 +14,13 @@ from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..checkpoint import TOKENIZER_FILES
-from ..errors import UserError, one_line
+from ..errors import UserError
 from ..routing import Curve
 from .buffers import Buffers
-from .checks import require_sampling, tokens_of
+from .checks import mask_of, require_cache, require_positions, require_sampling, tokens_of
 from .dtypes import NUMPY
 from .library import choose as choose_library
-from .loading import inspect, model_file, warn_if_slow
+from .loading import end_tokens, inspect, model_file, open_session, warn_if_slow
 from .loading import providers as default_providers
 from .sampling import choose
 
@@ -75,12 +74,13 @@ class OnnxModel:
             threads: threads of one operator; by default onnxruntime's choice.
             sparsity: share of FLOPs to save instead of the one the model was made for.
             threshold: or the threshold itself.
-            options: session options to start from.
+            options: session options to start from. The load sets what else is asked for in them, native kernels as well: where
+                it uses a library, they serve this load alone.
             library: native kernels for the units: by default those that were built on this machine
                 (``ir_convert.export.onnx.ops``), where they can run the model; False for none, a path for another library.
 
         Raises:
-            UserError: missing, damaged, not an ir-convert model, or a sparsity out of reach.
+            UserError: missing, damaged, not an ir-convert model, a sparsity out of reach, or options that hold native kernels.
         """
         path = model_file(Path(path))
         model_says = inspect(path)
@@ -97,12 +97,7 @@ class OnnxModel:
             options.log_severity_level = _ERRORS_ONLY
         if threads is not None:
             options.intra_op_num_threads = threads
-        try:
-            if library is not None:
-                options.register_custom_ops_library(str(library.resolve()))
-            session = ort.InferenceSession(str(path), options, providers=wanted)
-        except Exception as error:  # onnxruntime's exceptions share no base class of their own
-            raise UserError(f"ONNX Runtime cannot load {path}: {str(error).splitlines()[0]}") from error
+        session = open_session(path, options, wanted, library)
         metadata = model_says.metadata
         model = cls(path, session, metadata, float(metadata["threshold"]), library=library)
         if sparsity is not None:
@@ -131,15 +126,7 @@ class OnnxModel:
     @cached_property
     def eos_ids(self) -> frozenset[int]:
         """The tokens that end a text, by the configuration files beside the model."""
-        for name in ("generation_config.json", "config.json"):
-            file = self.path.with_name(name)
-            try:
-                ids = json.loads(file.read_text("utf-8")).get("eos_token_id") if file.is_file() else None
-            except (ValueError, AttributeError) as error:
-                raise UserError(f"{file} is damaged: {one_line(error)}") from error
-            if ids is not None:
-                return frozenset([ids] if isinstance(ids, int) else ids)
-        return frozenset()
+        return end_tokens(self.path)
 
     def set_sparsity(self, sparsity: float) -> None:
         """Sets the share of FLOPs to save; 0 is the dense model. Raises UserError where that is out of reach."""
@@ -185,6 +172,9 @@ class OnnxModel:
     ) -> tuple[NDArray, Cache]:
         """Runs S new tokens of each of B sequences, after P cached ones.
 
+        In a model that has a bound (``metadata["long_text_bound"]``: Phi-3 with longrope) a text that grows past so many tokens
+        has other rotary frequencies from there on, and what is cached no longer fits: run it all again, without ``past``.
+
         Args:
             input_ids: ``[B, S]``.
             attention_mask: ``[B, P + S]``, 0 where there is padding, left or right; by default none.
@@ -195,16 +185,17 @@ class OnnxModel:
             Logits ``[B, S, vocab]``, and the keys and values of all P + S tokens.
 
         Raises:
-            UserError: keys and values are bfloat16, for which numpy has no type.
+            UserError: an argument has another shape, or keys and values are bfloat16, for which numpy has no type.
         """
         if self._past_inputs[0].type not in NUMPY:
             raise UserError(f"keys and values of {self.path} are bfloat16, which numpy has not: use generate()")
-        input_ids = tokens_of(input_ids)
+        input_ids = tokens_of(input_ids, self._vocabulary)
         batch, length = input_ids.shape
         past = past or self._empty_cache(batch)
-        if attention_mask is None:
-            attention_mask = np.ones((batch, past[0].shape[2] + length))
-        feed = self._feed(input_ids, attention_mask, position_ids)
+        require_cache(past, self._past_inputs, batch)
+        require_positions(position_ids, input_ids.shape)
+        mask = mask_of(attention_mask, batch, past[0].shape[2] + length)
+        feed = self._feed(input_ids, mask, position_ids)
         feed |= dict(zip((value.name for value in self._past_inputs), past, strict=True))
         names = [value.name for value in self.session.get_outputs()]
         outputs = dict(zip(names, self.session.run(None, feed), strict=True))
@@ -215,14 +206,8 @@ class OnnxModel:
         self, input_ids: NDArray, attention_mask: NDArray, position_ids: NDArray | None = None
     ) -> dict[str, NDArray]:
         """Returns all inputs but the cache."""
-        attention_mask = np.asarray(attention_mask, np.int64)
-        batch, length = input_ids.shape
-        if attention_mask.ndim != 2 or len(attention_mask) != batch or attention_mask.shape[1] < length:
-            raise UserError(
-                f"attention_mask {list(attention_mask.shape)} is not of {batch} texts, of {length} new tokens and all before"
-            )
         if position_ids is None:
-            position_ids = np.maximum(np.cumsum(attention_mask, axis=1) - 1, 0)[:, -np.shape(input_ids)[1] :]
+            position_ids = np.maximum(np.cumsum(attention_mask, axis=1) - 1, 0)[:, -input_ids.shape[1] :]
         return {
             "input_ids": np.ascontiguousarray(input_ids, np.int64),
             "attention_mask": np.ascontiguousarray(attention_mask),
@@ -246,9 +231,11 @@ class OnnxModel:
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | None = None,
-        eos_ids: Collection[int] | None = None,
+        eos_ids: Collection[int] | int | None = None,
     ) -> Iterator[NDArray]:
         """Continues B texts, a token at a time; keys and values stay where they are, in buffers of the longest text's length.
+
+        Where one grows past the bound from which on its rotary frequencies are others, all is run once more (see ``forward``).
 
         Args:
             input_ids: the prompts ``[B, S]``, padded on the left where they differ in length.
@@ -258,25 +245,28 @@ class OnnxModel:
             top_k: sample from this many likeliest tokens.
             top_p: sample from the likeliest tokens that together have this probability.
             seed: of the sampling.
-            eos_ids: tokens that end a text; by default those of the model's configuration.
+            eos_ids: tokens (or one token) that end a text; by default those of the model's configuration.
 
         Yields:
             The next token of every text, int64 ``[B]``; one that has ended repeats its last token.
         """
         require_sampling(temperature, top_k, top_p)
-        tokens = tokens_of(input_ids)
-        mask = np.ones_like(tokens) if attention_mask is None else np.asarray(attention_mask, np.int64)
+        if max_new_tokens < 0:
+            raise UserError(f"max_new_tokens {max_new_tokens} is negative: give how many tokens to write at the most")
+        text = tokens = tokens_of(input_ids, self._vocabulary)
+        mask = mask_of(attention_mask, *tokens.shape)
         if not tokens.size:
             raise UserError(f"generate() wants prompts of at least one token, got shape {list(tokens.shape)}")
         if not mask[:, -1].all():
             raise UserError("generate() wants prompts padded on the left, so that every prompt's last token comes last")
-        ends = np.array(sorted(self.eos_ids if eos_ids is None else eos_ids), np.int64)
+        eos_ids = self.eos_ids if eos_ids is None else eos_ids
+        ends = np.array([eos_ids] if isinstance(eos_ids, int | np.integer) else list(eos_ids), np.int64)
         generator = np.random.default_rng(seed)
         ended = np.zeros(len(tokens), bool)
         # The last token is never fed back.
         buffers = Buffers(self.session, len(tokens), tokens.shape[1] + max_new_tokens - 1)
         for _ in range(max_new_tokens):
-            feed = self._feed(tokens, mask)
+            feed = self._feed(text if self._passes_bound(mask) else tokens, mask)
             outputs = buffers.run(feed)
             self._observe(outputs, feed)
             choice = choose(outputs["logits"][:, -1].astype(np.float32), temperature, top_k, top_p, generator)
@@ -287,6 +277,16 @@ class OnnxModel:
                 return
             # From here on, what a text that has ended is fed counts as padding: nothing executes for it.
             mask = np.concatenate([mask, ~ended[:, None]], axis=1).astype(np.int64)
+            text = np.concatenate([text, tokens], axis=1)
+
+    def _passes_bound(self, mask: NDArray) -> bool:
+        """Tells whether a text's last token is the first beyond the bound: what is cached of it has other frequencies."""
+        bound = self.metadata.get("long_text_bound")
+        return bound is not None and bool(((mask.sum(axis=1) == bound + 1) & (mask[:, -1] == 1)).any())
+
+    @cached_property
+    def _vocabulary(self) -> int:
+        return next(value.shape[-1] for value in self.session.get_outputs() if value.name == "logits")
 
     @cached_property
     def _past_inputs(self) -> list[ort.NodeArg]:

@@ -7,11 +7,13 @@ import numpy as np
 import onnxruntime_genai as og
 import pytest
 import torch
-from models import random_routing, save_random
+from models import CONFIGS, SIZES, random_routing, save_random
+from transformers import Phi3Config
 
 from ir_convert.checkpoint import Checkpoint
 from ir_convert.errors import UserError
 from ir_convert.export.onnx import genai, write
+from ir_convert.export.onnx.metadata import metadata
 from ir_convert.runtime import OnnxModel
 
 NEW = 40
@@ -85,6 +87,31 @@ def test_logits_of_the_last_token_alone(share, tmp_path):
     prompts, expected = random_prompts(ours)
     model = load(tmp_path / "m", share)
     assert [generate(model, [prompt], ours.eos_ids, 0)[0] for prompt in prompts] == expected
+    assert generate(model, prompts, ours.eos_ids, 0) == expected
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_a_text_that_grows_past_the_bound_of_its_frequencies(share, tmp_path, monkeypatch):
+    """genai runs it anew at its 4097th token, as our own runtime does; short texts, in batches too, are as of all families."""
+    rope = CONFIGS["phi3-long"].to_dict()
+    scaling = {"type": "longrope"} | {
+        name: (rope.get("rope_parameters") or rope["rope_scaling"])[name] for name in ("short_factor", "long_factor")
+    }
+    sizes = SIZES | {"max_position_embeddings": 8192}
+    config = Phi3Config(**sizes, original_max_position_embeddings=4096, rope_scaling=scaling)
+    monkeypatch.setitem(CONFIGS, "phi3-4096", config)
+    save_random("phi3-4096", tmp_path / "base")
+    checkpoint = Checkpoint.open(str(tmp_path / "base"))
+    (tmp_path / "m").mkdir()
+    write(checkpoint, random_routing(checkpoint), tmp_path / "m", "m.onnx")
+    ours, model = OnnxModel.load(tmp_path / "m", threads=1), load(tmp_path / "m", share)
+    prompt = np.random.default_rng(1).integers(3, 131, 4080).tolist()
+    expected = greedy(ours, prompt)
+    text = prompt + expected
+    assert len(text) > 4100
+    assert text[4097:] == ours.logits(np.array([text[:-1]]))[0, 4096:].argmax(-1).tolist()  # as without a cache
+    assert generate(model, [prompt], ours.eos_ids, 0) == [expected]
+    prompts, expected = random_prompts(ours)
     assert generate(model, prompts, ours.eos_ids, 0) == expected
 
 
@@ -188,6 +215,14 @@ def test_sampling_is_the_base_models(base):
     checkpoint = change(base, "generation_config.json", do_sample=True, temperature=0.6, top_k=20, top_p=None)
     search = genai.settings(checkpoint, "m.onnx")["search"]
     assert search == {"do_sample": True, "temperature": 0.6, "top_k": 20, "past_present_share_buffer": False}
+
+
+@pytest.mark.parametrize(("family", "bound"), [("phi3-long", 128), ("phi3", None)])
+def test_other_bounds_than_the_one_that_genai_knows(family, bound, tmp_path):
+    save_random(family, tmp_path)
+    checkpoint = Checkpoint.open(str(tmp_path))
+    assert genai.settings(checkpoint, "m.onnx")["model"]["type"] == "decoder"
+    assert metadata(checkpoint, random_routing(checkpoint))["long_text_bound"] == bound
 
 
 def test_sharing_the_buffer_is_one_argument(base):

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from models import CONFIGS, random_routing, save_random
@@ -59,6 +60,51 @@ def test_each_text_by_its_own_length(long, threshold):
     got = run_pieces(model, Batch(ids, mask, [140]))
     real = mask.bool()
     torch.testing.assert_close(got[real], expected.logits[real], atol=1e-4, rtol=0)
+
+
+def generated(model: OnnxModel, ids: np.ndarray, mask: np.ndarray | None = None, **kwargs) -> np.ndarray:
+    return np.stack(list(model.generate(ids, mask, 40, **({"eos_ids": ()} | kwargs))), axis=1)
+
+
+def test_generates_across_the_bound_as_transformers(long, tmp_path):
+    model, _ = long
+    model.threshold = -math.inf
+    base = save_random("phi3-long", tmp_path)  # the one that was exported
+    ids = np.random.default_rng(1).integers(3, 131, (1, 110))
+    expected = base.generate(
+        torch.from_numpy(ids), max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    np.testing.assert_array_equal(generated(model, ids), expected[:, 110:].numpy())
+
+
+@pytest.mark.parametrize("threshold", [-math.inf, 0.0])
+def test_generates_across_the_bound_as_without_a_cache(long, threshold):
+    model, _ = long
+    model.threshold = threshold
+    ids = np.random.default_rng(1).integers(3, 131, (1, 110))
+    got = generated(model, ids)
+    for _ in range(40):
+        ids = np.concatenate([ids, model.logits(ids)[:, -1:].argmax(-1)], axis=1)
+    np.testing.assert_array_equal(got, ids[:, 110:])
+
+
+def test_each_text_of_a_batch_passes_the_bound_by_itself(long):
+    """One starts beyond it, two pass it at different steps, one never does; one has ended when another passes it."""
+    model, _ = long
+    model.threshold = -math.inf
+    lengths = np.array([[135], [120], [97], [60]])
+    ids = np.random.default_rng(4).integers(3, 131, (4, 135))
+    mask = (np.arange(135) >= 135 - lengths).astype(np.int64)
+    alone = np.concatenate(
+        [generated(model, row[None, 135 - length :]) for row, (length,) in zip(ids, lengths, strict=True)]
+    )
+    np.testing.assert_array_equal(generated(model, ids, mask), alone)
+    one = alone[1].tolist()
+    stop = next(place for place in range(12, 40) if one[place] not in [*one[:place], *alone[2]])
+    end = one[stop]
+    got = generated(model, ids, mask, eos_ids=end)
+    np.testing.assert_array_equal(got[2], alone[2])
+    assert got[1].tolist() == one[:stop] + [end] * (40 - stop)
 
 
 def test_the_bound_matters(long):
