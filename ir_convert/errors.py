@@ -7,5 +7,5 @@ class UserError(Exception):
 
 def one_line(error: Exception) -> str:
     """Returns the first line of what an exception says, with what it announces there, or its type."""
-    first, *rest = (str(error) or type(error).__name__).strip().splitlines()
+    first, *rest = (str(error).strip() or type(error).__name__).splitlines()
     return " ".join([first.strip(), *(line.strip() for line in rest)]) if first.strip().endswith(":") else first

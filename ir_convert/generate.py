@@ -1,17 +1,20 @@
 """Continues a prompt with either artifact."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from queue import Queue
 from threading import Thread
 
 import numpy as np
 import torch
 import transformers
-from transformers import PreTrainedTokenizerBase, TextIteratorStreamer
+from transformers import PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 
 from .errors import UserError, one_line
 
+CONTEXT = 8  # tokens of the prompt that its continuation is decoded with
 LEAST_TEMPERATURE = 1e-3  # below it half precision overflows
 
 
@@ -59,9 +62,9 @@ def _onnx(
     from .runtime import OnnxModel
 
     model = OnnxModel.load(path, sparsity=sparsity)
-    ids = np.array([model.tokenizer(prompt)["input_ids"]])
-    steps = model.generate(ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    return _pieces(model.tokenizer, (int(step[0]) for step in steps))
+    ids = model.tokenizer(prompt)["input_ids"]
+    steps = model.generate(np.array([ids]), max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    return _pieces(model.tokenizer, ids, (int(step[0]) for step in steps))
 
 
 def _hugging_face(
@@ -86,7 +89,7 @@ def _hugging_face(
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = _Tokens()
     failures: list[BaseException] = []
 
     def run() -> None:
@@ -99,7 +102,7 @@ def _hugging_face(
     def stream() -> Iterator[str]:
         thread = Thread(target=run, daemon=True)
         thread.start()
-        yield from streamer
+        yield from _pieces(tokenizer, inputs["input_ids"][0].tolist(), streamer)
         thread.join()
         if failures:
             raise failures[0]
@@ -107,14 +110,39 @@ def _hugging_face(
     return stream()
 
 
-def _pieces(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> Iterator[str]:
-    """Decodes a stream of tokens; a character that spans tokens waits until it is whole."""
-    seen: list[int] = []
-    shown = ""
+class _Tokens(BaseStreamer):
+    """The tokens that ``generate`` chooses, one by one, in another thread."""
+
+    def __init__(self) -> None:
+        self._queue: Queue[int | None] = Queue()
+        self._prompt = True
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self._prompt:  # which comes first
+            for token in value.flatten().tolist():
+                self._queue.put(token)
+        self._prompt = False
+
+    def end(self) -> None:
+        self._queue.put(None)
+
+    def __iter__(self) -> Iterator[int]:
+        while (token := self._queue.get()) is not None:
+            yield token
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], ids: Iterable[int]) -> Iterator[str]:
+    """Decodes a stream of tokens as what follows a prompt; a character that spans tokens waits until it is whole."""
+
+    def decode() -> str:
+        return str(tokenizer.decode(seen, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    seen = list(prompt)[-CONTEXT:]  # decoded alone, a first token may lose its space
+    shown = decode()
     for token in ids:
         seen.append(token)
-        text = str(tokenizer.decode(seen, skip_special_tokens=True))
+        text = decode()
         if not text.endswith("\ufffd"):
             yield text[len(shown) :]
             shown = text
-    yield str(tokenizer.decode(seen, skip_special_tokens=True))[len(shown) :]
+    yield decode()[len(shown) :]

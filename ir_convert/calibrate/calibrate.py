@@ -52,6 +52,7 @@ def calibrate(
     check_reachable(checkpoint, options)
     report, work, team = report or Silent(), work or Work(), team or Team()
     _check_shared(blocks, team)
+    _check_tokens(blocks, checkpoint)
     fitted = fit(checkpoint, blocks, options, torch.device(device), work, team, report)
     fit_seconds = time.monotonic() - start
     decoder = fitted.decoder
@@ -97,6 +98,15 @@ def _check_shared(blocks: Blocks, team: Team) -> None:
                 f"{team.size} processes cannot share {count} blocks ({part}): give more --tokens, a smaller --block-size, "
                 "or fewer processes"
             )
+
+
+def _check_tokens(blocks: Blocks, checkpoint: Checkpoint) -> None:
+    largest = max(int(getattr(blocks, part).max()) for part in ("fit", "threshold", "test"))
+    if largest >= (rows := checkpoint.config.vocab_size):
+        raise UserError(
+            f"the calibration text holds token {largest}, the model's embedding has 0 to {rows - 1}: its tokenizer knows tokens "
+            "that it has no rows for; resize the embedding, or take them out of the text"
+        )
 
 
 def peak_memory() -> int:

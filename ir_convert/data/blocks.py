@@ -113,10 +113,17 @@ def read_blocks(
 
 def _public_names(names: Sequence[str]) -> list[str]:
     """Returns what files that are passed on call the sources: where they lie is nobody else's business."""
-    last = [path.resolve().name if (path := local_path(name)) else name for name in names]
+    last = [_public_name(name) for name in names]
     return [
         f"{name} ({last[:place].count(name) + 1})" if name in last[:place] else name for place, name in enumerate(last)
     ]
+
+
+def _public_name(name: str) -> str:
+    place, colon, rest = name, "", ""
+    if local_path(name) is None:  # or a data set in a local folder, folder:configuration:split
+        place, colon, rest = name.partition(":")
+    return f"{path.resolve().name}{colon}{rest}" if (path := local_path(place)) else name
 
 
 def _parting(count: int) -> list[str]:

@@ -137,7 +137,7 @@ class Parquet:
             try:
                 with self._parquet.ParquetFile(self._path) as file:
                     yield file
-            except self._error as error:
+            except (self._error, UnicodeDecodeError) as error:
                 raise UserError(f"{self._path} is not a sound Parquet file: {_first_line(error)}") from error
 
     def _rows(self, file: Any, group: int, first: int, stop: int) -> Pieces:

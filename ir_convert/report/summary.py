@@ -2,6 +2,7 @@
 
 import os
 
+from rich.markup import escape
 from rich.table import Table
 
 from ..convert import Conversion
@@ -15,7 +16,7 @@ def summary(conversion: Conversion) -> Table:
     error = "" if test["sparsity_standard_error"] is None else f" ± {test['sparsity_standard_error']:.1%}"
     quantised = conversion.routing.quantised_units
     units = f", on int4 units ({quantised['method']})" if quantised else ""
-    table = Table(title=f"{metadata['base_model']} routed{units}", show_header=True, title_justify="left")
+    table = Table(title=f"{escape(metadata['base_model'])} routed{units}", show_header=True, title_justify="left")
     moved_from = conversion.routing.moved_from
     table.add_column("on held-out text" + ("" if moved_from is None else f", set to {moved_from:.1%}"))
     for name in ("dense", "routed"):
@@ -27,7 +28,7 @@ def summary(conversion: Conversion) -> Table:
     table.add_row("FLOPs saved, achieved", "", f"{test['sparsity']:.1%}{error}")
     if len(test["sources"]) > 1:
         for name, row in test["sources"].items():
-            table.add_row(f"- on {name}", "", f"{row['sparsity']:.1%}")
+            table.add_row(f"- on {escape(name)}", "", f"{row['sparsity']:.1%}")
     table.add_row("decisions approximated", "", f"{test['decisions']:.1%}")
     return table
 

@@ -139,6 +139,13 @@ def test_lora_changes_the_dense_model(checkpoint, monkeypatch):
     assert not torch.equal(checkpoint.read(name), checkpoint.with_lora(routing.lora).read(name))
 
 
+def test_text_of_tokens_that_the_model_lacks(checkpoint):
+    blocks = random_blocks()
+    blocks.threshold[1, 5] = 131
+    with pytest.raises(UserError, match="holds token 131, the model's embedding has 0 to 130"):
+        calibrate(checkpoint, blocks)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -235,3 +235,4 @@ def test_every_kind_of_source_at_once(tokenizer, tmp_path):
             own = getattr(blocks, part)[blocks.sources[part] == index]
             assert all(word in tokenizer.decode(row) for row in own)
     assert (rows(blocks) == tokenizer.eos_token_id).any()
+    assert blocks.names == ["folder", "a.jsonl", "set::train"]

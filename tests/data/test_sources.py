@@ -277,6 +277,10 @@ def test_bad_parquet(tmp_path):
         open_path(path, "a", "text")
     with pytest.raises(UserError, match="field 'id' holds int"):
         everything(open_path(path, "a", "id"))
+    pyarrow = pytest.importorskip("pyarrow")
+    latin = pyarrow.Array.from_buffers(pyarrow.string(), 1, pyarrow.array([b"caf\xe9"]).buffers())
+    with pytest.raises(UserError, match=r"latin\.parquet is not a sound Parquet file: 'utf-8' codec"):
+        everything(open_path(write_parquet(tmp_path / "latin.parquet", {"content": latin}), "latin", "content"))
     data = path.read_bytes()
     path.write_bytes(data[:-10])
     with pytest.raises(UserError, match="not a sound Parquet file"):

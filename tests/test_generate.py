@@ -1,0 +1,54 @@
+"""Text that continues a prompt, piece by piece."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, normalizers
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from transformers import PreTrainedTokenizerFast
+
+from ir_convert.generate import _pieces
+
+TEXT = "Hello there, he's not here. Don't you see: x = foo(bar) ? naïve café 日本語 \n" * 3
+
+
+def spaces_in_front() -> Tokenizer:
+    """As Llama 2's: words begin with their space, and a text loses its first when it is decoded."""
+    inner = Tokenizer(BPE(byte_fallback=True, unk_token="<unk>"))
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    inner.train_from_iterator([TEXT], BpeTrainer(vocab_size=200, special_tokens=["<unk>"], show_progress=False))
+    return inner
+
+
+def of_bytes() -> Tokenizer:
+    inner = Tokenizer(BPE())
+    inner.pre_tokenizer, inner.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = ByteLevel.alphabet()
+    inner.train_from_iterator([TEXT], BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False))
+    return inner
+
+
+TOKENIZERS = {
+    kind: PreTrainedTokenizerFast(tokenizer_object=make(), clean_up_tokenization_spaces=True)
+    for kind, make in (("spaces", spaces_in_front), ("bytes", of_bytes))
+}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@given(data=st.data())
+def test_prompt_and_pieces_are_the_text(kind, data):
+    """Wherever the prompt ends between tokens; also within a character."""
+    tokenizer = TOKENIZERS[kind]
+    ids = tokenizer(TEXT[: data.draw(st.integers(20, len(TEXT)))], add_special_tokens=False)["input_ids"]
+    cut = data.draw(st.integers(1, len(ids)))
+
+    def decode(ids: list[int]) -> str:
+        return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+    prompt, whole = decode(ids[:cut]), decode(ids)
+    continued = prompt + "".join(_pieces(tokenizer, ids[:cut], ids[cut:]))
+    if not prompt.endswith("\ufffd"):
+        assert continued == whole
