@@ -1,6 +1,7 @@
 """The whole pipeline, top to bottom."""
 
 import inspect
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -268,7 +269,10 @@ def _device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).item()  # "meta" has no values
+        place = device
+        if device.type == "cuda" and device.index is None:  # one of several processes opens its own GPU alone
+            place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % max(1, torch.cuda.device_count()))
+        torch.zeros(1, device=place).item()  # "meta" has no values
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device '{name}' cannot be used here: try --device cpu") from error
     return device

@@ -46,7 +46,7 @@ def library() -> Path:
     with FileLock(built.parent / "lock"):
         if not built.is_file():
             try:
-                build(cuda="off")
+                build(cuda="auto")
             except UserError as error:
                 pytest.fail(str(error))
     return built

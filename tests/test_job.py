@@ -26,7 +26,20 @@ from ir_convert.routing import Routing
 from ir_convert.stream import work as stream_work
 from ir_convert.writing import Writing
 
-OPTIONS = ["--tokens", "3072", "--block-size", "64", "--rank", "4", "--router-width", "4", "--sparsity", "0.3"]
+OPTIONS = [
+    "--device",
+    "cpu",
+    "--tokens",
+    "3072",
+    "--block-size",
+    "64",
+    "--rank",
+    "4",
+    "--router-width",
+    "4",
+    "--sparsity",
+    "0.3",
+]
 TIMES = ("fit_seconds", "calibration_seconds", "peak_memory_bytes")
 
 

@@ -12,6 +12,8 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor
 
+from ..errors import UserError
+
 SMALL = 1 << 20  # elements of a tensor that is not sent on its own
 # One process writes what the others wait for; launchers stop all where one fails, so nobody waits in vain.
 PATIENCE = timedelta(days=1)
@@ -35,6 +37,11 @@ class Team:
     def assemble(cls, device: torch.device) -> "Team":
         """Joins the processes that a launcher started, if one did."""
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+            here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            if device.type == "cuda" and here > (count := torch.cuda.device_count()):
+                raise UserError(
+                    f"{here} processes were started for {count} GPUs: start one for each, or give --device cpu"
+                )
             PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
         return cls()
 
