@@ -27,14 +27,16 @@ import onnxruntime as ort
 import torch
 from quality_setting import command_line, processor
 from speed_limits import add_limits, measure_limits, print_limits
-from speed_measure import SPARSITIES, compare, draw_tokens, plan, versions
+from speed_measure import GRAPH, SPARSITIES, Plan, compare, draw_tokens, plan, versions
 from speed_models import SHAPES, build_genai, export, model_facts, random_routing, without_routing, write_checkpoint
 from speed_profile import print_profile
 from speed_session import Point, Probe, open_session
 from speed_tables import print_all, print_setting
+from transformers import PretrainedConfig
 
 from ir_convert.errors import UserError
 from ir_convert.export.onnx.ops import build, find, supported
+from ir_convert.export.onnx.ops.library import location
 
 # fp16 keeps 11 bits. Logits may be off by this share of the largest, scores by as much as the margin that is looked for.
 LOGITS_TOLERANCE = 0.02
@@ -66,16 +68,22 @@ def main(arguments: list[str] | None = None) -> None:
     args.library = None if args.functions_only else native_library(args.device, result["config"]["notes"])
     result["limits"] = measure_limits(args.device, "fp16" if cuda else "fp32")
     print(", ".join(f"{name} {value:.3g}" for name, value in result["limits"].items()))
+    if cuda:
+        torch.cuda.empty_cache()  # what the limits were measured with is onnxruntime's to use
     with tempfile.TemporaryDirectory(dir=args.work) as temporary:
         result["numerics"] = verify(Path(temporary) / "verified", args.device, args.library)
         print("numerics: " + ", ".join(f"{name} {value:.3g}" for name, value in result["numerics"].items()), flush=True)
         for name in args.models.split(","):
             measure_model(args, name, Path(temporary) / name, result)
-            if args.json:
-                args.json.parent.mkdir(parents=True, exist_ok=True)
-                args.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+            save(args.json, result)
     for note in result["config"]["notes"]:
         print(f"\nNote: {note}")
+
+
+def save(path: Path | None, result: dict[str, Any]) -> None:
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -84,7 +92,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", default="7B-8-layers", help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--prefill", default="512,2048,8192", help="lengths; 0 for none")
     parser.add_argument("--decode", default="2048", help="cached tokens; 0 for none")
-    parser.add_argument("--batches", default="1,4,16", help="of decode")
+    parser.add_argument("--batches", default="1,4", help="of decode")
     parser.add_argument("--sparsities", default=",".join(map(str, SPARSITIES)))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=16, help="different decode steps, each on the same cache")
@@ -105,14 +113,22 @@ def native_library(device: str, notes: list[str]) -> Path | None:
     """Returns the library of native kernels for a device, built now if it has not been; notes why, if there is none."""
     provider = "CUDAExecutionProvider" if device == "cuda" else "CPUExecutionProvider"
     try:
-        library = find() or build(cuda="on" if device == "cuda" else "off")
+        library = find()
+        if library is None or (
+            library == location() and not _has(library, provider)
+        ):  # built without CUDA, say by a test
+            library = build(cuda="on" if device == "cuda" else "off")
     except UserError as error:
         notes.append(f"no native kernels: {error}")
         return None
-    if not any(where == provider for where, *_ in supported(library)):
+    if not _has(library, provider):
         notes.append(f"no native kernels: {library.name} was built without those of {provider}")
         return None
     return library
+
+
+def _has(library: Path, provider: str) -> bool:
+    return any(where == provider for where, *_ in supported(library))
 
 
 def verify(folder: Path, device: str, library: Path | None = None) -> dict[str, float]:
@@ -191,11 +207,20 @@ def measure_model(args: argparse.Namespace, name: str, folder: Path, result: dic
         if time.monotonic() > args.deadline:
             config["notes"].append(f"{name}, {point}: left out, no time")
             continue
-        plans += plan(probe, routing.units, [point], sparsities, args.steps, precision)
-        for record in compare(sessions, checkpoint.config, plans[-1:], args.rounds, args.device, args.cache):
+        try:
+            planned = plan(probe, routing.units, [point], sparsities, args.steps, precision)
+            found = compare_or_without_graphs(
+                sessions, checkpoint.config, planned, args, f"{name}, {point}", config["notes"]
+            )
+        except Exception as error:  # onnxruntime's exceptions share no base class of their own; other points may do
+            config["notes"].append(f"{name}, {point}: {str(error).splitlines()[0]}")
+            continue
+        plans += planned
+        for record in found:
             record |= {"model": name, "precision": precision, "threads": 1, "device": args.device}
             records.append(add_limits(checkpoint.config, record, result["limits"]))
-    result["records"] += records
+            result["records"].append(records[-1])
+        save(args.json, result)  # after every point: a run that is stopped leaves what it has
     print_setting(config["models"][name], name, precision, 1, records)
     print_limits(records)
     sessions.clear()
@@ -203,6 +228,27 @@ def measure_model(args: argparse.Namespace, name: str, folder: Path, result: dic
     gc.collect()
     if args.profile and time.monotonic() < args.deadline:
         print_profile(models, checkpoint.config, plans, records, 1, args.device)
+
+
+def compare_or_without_graphs(
+    sessions: dict[str, ort.InferenceSession],
+    config: PretrainedConfig,
+    plans: list[Plan],
+    args: argparse.Namespace,
+    where: str,
+    notes: list[str],
+) -> list[dict[str, Any]]:
+    """Times a point; once more without CUDA graphs, which are captured in the first run, if that fails with them."""
+    try:
+        return list(compare(sessions, config, plans, args.rounds, args.device, args.cache))
+    except Exception as error:
+        graphs = [name for name in sessions if name.endswith(GRAPH)]
+        if not graphs:
+            raise
+        notes.append(f"{where}: without CUDA graphs: {str(error).splitlines()[0]}")
+        for name in graphs:
+            del sessions[name]
+        return list(compare(sessions, config, plans, args.rounds, args.device, args.cache))
 
 
 def add_graphs(

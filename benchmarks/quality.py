@@ -72,11 +72,16 @@ def main(arguments: list[str] | None = None) -> None:
     shared = {"texts": ids, "steps": args.steps, "polish": args.polish, "device": args.device}
     for job in jobs(result["records"], methods, seeds, sparsities, model=args.model, blocks=blocks, **shared):
         start = time.monotonic()
-        result["records"] += run_alone(job)
+        known = {_identity(record) for record in result["records"]}  # a job may measure what is there already, too
+        result["records"] += [record for record in run_alone(job) if _identity(record) not in known]
         save(out, result)
         asked = ", ".join(f"{sparsity:g}" for sparsity in job.sparsities)
         print(f"{' + '.join(job.methods)} {asked} seed {job.seed}: {time.monotonic() - start:.0f} s", flush=True)
     print_all(result)
+
+
+def _identity(record: dict[str, Any]) -> tuple[str, float, int]:
+    return record["method"], record["asked"], record["seed"]
 
 
 def jobs(
@@ -90,7 +95,7 @@ def jobs(
     **shared: Any,
 ) -> Iterator[Job]:
     """Yields what is asked and not yet among ``records``."""
-    done = {(record["method"], record["asked"], record["seed"]) for record in records}
+    done = {_identity(record) for record in records}
 
     def job(group: tuple[str, ...], asked: list[float], seed: int) -> Iterator[Job]:
         sparsities = [s for s in asked if any((method, s, seed) not in done for method in group if method in methods)]

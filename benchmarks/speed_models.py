@@ -70,7 +70,7 @@ def _write_random(folder: Path, shape: Shape, generator: torch.Generator) -> Non
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
-        max_position_embeddings=4096,
+        max_position_embeddings=16384,  # of the other builder's models: the longest text
         tie_word_embeddings=shape.tied,
         bos_token_id=1,
         eos_token_id=2,

@@ -101,7 +101,9 @@ class Cache:
         for value in pasts:
             dtype = NUMPY[value.type]
             content = np.zeros((point.batch, heads, length, width), dtype)
-            content[:, :, : point.cached] = generator.standard_normal((point.batch, heads, point.cached, width))
+            content[:, :, : point.cached] = generator.standard_normal(
+                (point.batch, heads, point.cached, width), np.float32
+            )
             # An empty tensor is left on the CPU: there is nothing to copy.
             past = ort.OrtValue.ortvalue_from_numpy(content, device if content.size else "cpu", 0)
             present = past
@@ -127,6 +129,7 @@ class Runner:
         clock: str = "wall",
         logits: ort.OrtValue | None = None,
         graph: bool = False,
+        cache: Cache | None = None,
     ) -> None:
         self._session, self._point, self._device, self._clock = session, point, device, CLOCKS[clock]
         self.options = [ort.RunOptions() for _ in steps]
@@ -134,7 +137,7 @@ class Runner:
             for options in self.options:
                 options.add_run_config_entry("gpu_graph_id", str(next(_GRAPHS)))
         self._kept: list[ort.OrtValue] = []  # a bound value on the CPU is the array's own memory
-        self._cache = Cache(session, config, point, in_place, device)
+        self._cache = cache or Cache(session, config, point, in_place, device)
         self._logits = room_for_logits(session, config, point, device) if logits is None else logits
         self._saved = [ort.OrtValue.ortvalue_from_shape_and_type([1], np.float32, device, 0) for _ in steps]
         self._bindings = [self._bind(ids, saved, threshold) for ids, saved in zip(steps, self._saved, strict=True)]
