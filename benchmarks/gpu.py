@@ -114,9 +114,8 @@ def native_library(device: str, notes: list[str]) -> Path | None:
     provider = "CUDAExecutionProvider" if device == "cuda" else "CPUExecutionProvider"
     try:
         library = find()
-        if library is None or (
-            library == location() and not _has(library, provider)
-        ):  # built without CUDA, say by a test
+        partial = library == location() and not _has(library, provider)  # built without CUDA, say by a test
+        if library is None or partial:
             library = build(cuda="on" if device == "cuda" else "off")
     except UserError as error:
         notes.append(f"no native kernels: {error}")

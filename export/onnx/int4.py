@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from ir_convert.choices import INT4_METHODS
 from ir_convert.errors import UserError
 
 from ..finite import is_finite
-from .weights import LazyWeight
+from .weights import LazyWeight, by_parts
 
 CHUNK = 1 << 20  # weights that are quantised together: what the methods put beside them stays small
 SYMMETRIC_ZERO = 8
@@ -169,8 +168,7 @@ def int4_tensors(
 ) -> dict[str, ir.LazyTensor]:
     """Returns the tensors of one quantised weight, read and quantised when they are written, by the names in ``Packed.parts``.
 
-    The weight is quantised once if all parts are written before any is again; make them neighbours in the graph, for what
-    is not written yet stays in memory.
+    Make them neighbours in the graph: see ``by_parts``.
 
     Args:
         name: the weight's name; parts are called ``{name}.int4``, ``{name}.scales``, ``{name}.zero_points``.
@@ -179,17 +177,7 @@ def int4_tensors(
         int4: how to quantise it.
         dtype: of scales, and of fractional zero points: that of the activations.
     """
-    waiting: dict[str, Tensor] = {}
-    lock = Lock()  # parts are written by several threads
-
-    def take(part: str) -> Tensor:
-        with lock:
-            if part not in waiting:
-                weight = read()
-                if tuple(weight.shape) != shape:
-                    raise UserError(f"tensor '{name}' has shape {list(weight.shape)}; {list(shape)} was expected")
-                waiting.update(quantise(weight, int4, name).parts())
-            return waiting.pop(part)
+    take = by_parts(name, shape, read, lambda weight: quantise(weight, int4, name).parts())
 
     def lazy(part: str, part_shape: tuple[int, ...]) -> ir.LazyTensor:
         is_bytes = part == "weight" or (part == "zero_points" and int4.method != "hqq")

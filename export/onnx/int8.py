@@ -5,7 +5,6 @@ token, so left in fp32 it would dominate a small model's steps. Rounded to the n
 """
 
 from collections.abc import Callable
-from threading import Lock
 
 import onnx_ir as ir
 import torch
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 from ir_convert.errors import UserError
 
 from ..finite import is_finite
-from .weights import LazyWeight
+from .weights import LazyWeight, by_parts
 
 BLOCK, ZERO, LARGEST = 32, 128, 127
 CHUNK = 1 << 22  # weights that are quantised together
@@ -55,18 +54,9 @@ def int8_tensors(
         dtype: of the scales: that of the activations.
     """
     outputs, blocks = shape[0], -(-shape[1] // BLOCK)
-    waiting: dict[str, Tensor] = {}
-    lock = Lock()  # both are written by threads of their own
-
-    def take(part: str) -> Tensor:
-        with lock:
-            if part not in waiting:
-                weight = read()
-                if tuple(weight.shape) != shape:
-                    raise UserError(f"tensor '{name}' has shape {list(weight.shape)}; {list(shape)} was expected")
-                waiting["int8"], waiting["scales"] = quantise(weight, name)
-            return waiting.pop(part)
-
+    take = by_parts(
+        name, shape, read, lambda weight: dict(zip(("int8", "scales"), quantise(weight, name), strict=True))
+    )
     return (
         LazyWeight(f"{name}.int8", (outputs, blocks, BLOCK), lambda: take("int8"), torch.uint8),
         LazyWeight(f"{name}.scales", (outputs, blocks), lambda: take("scales"), dtype),

@@ -1,7 +1,8 @@
 """Weights as lazy ONNX tensors: each is read, converted and written to the data file piece by piece, then let go."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from threading import Lock
 from typing import BinaryIO
 
 import onnx_ir as ir
@@ -61,14 +62,47 @@ class LazyWeight(ir.LazyTensor):
     def _pieces(self) -> Iterator[torch.Tensor]:
         """Yields what is stored, in its order: contiguous tensors of any shape."""
         tensor, name = self._read(), str(self.name)
-        if tuple(tensor.shape) != self._expected:
-            raise UserError(f"tensor '{name}' has shape {list(tensor.shape)}; {list(self._expected)} was expected")
+        _require_shape(name, tensor, self._expected)
         if self._transpose:
             for columns in tensor.split(max(COLUMNS, PIECE // max(1, len(tensor))), dim=1):
                 yield require_finite(name, columns.to(self._to).T.contiguous())
         else:
             for numbers in tensor.contiguous().view(-1).split(PIECE):
                 yield require_finite(name, numbers.to(self._to))
+
+
+def by_parts(
+    name: str,
+    shape: tuple[int, int],
+    read: Callable[[], torch.Tensor],
+    quantise: Callable[[torch.Tensor], Mapping[str, torch.Tensor]],
+) -> Callable[[str], torch.Tensor]:
+    """Returns what gives a quantised weight's parts by their names, to the several threads that write them.
+
+    The weight is read and quantised once if all parts are taken before any is again; what is not taken yet stays in memory.
+
+    Args:
+        name: of the weight, in error messages.
+        shape: the shape ``(out, in)`` that ``read`` must return; UserError if it does not.
+        quantise: makes the parts.
+    """
+    waiting: dict[str, torch.Tensor] = {}
+    lock = Lock()
+
+    def take(part: str) -> torch.Tensor:
+        with lock:
+            if part not in waiting:
+                weight = read()
+                _require_shape(name, weight, shape)
+                waiting.update(quantise(weight))
+            return waiting.pop(part)
+
+    return take
+
+
+def _require_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise UserError(f"tensor '{name}' has shape {list(tensor.shape)}; {list(shape)} was expected")
 
 
 def _send_to_disk(file: BinaryIO) -> None:
