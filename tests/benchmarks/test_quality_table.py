@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -119,6 +120,35 @@ def test_shared_passes_change_nothing(table, quality, monkeypatch):
     assert second["recipe_seconds"] > 0.5 * first["recipe_seconds"]
 
 
+def test_nothing_is_recorded_twice(table, quality, monkeypatch, tmp_path):
+    """A method and a sparsity that are added together: their job measures one row that is there already, too."""
+    _, _, out, command = table
+    shutil.copy(out, tmp_path / "result.json")
+    command = [
+        *command,
+        "--sparsities",
+        f"{ASKED},0.2",
+        "--methods",
+        "dense,random,local",
+        "--out",
+        str(tmp_path / "result.json"),
+    ]
+
+    def measured(job):
+        return [
+            {"method": method, "asked": asked, "seed": job.seed} for method in job.methods for asked in job.sparsities
+        ]
+
+    monkeypatch.setattr(quality, "run_alone", measured)
+    monkeypatch.setattr(quality, "print_all", lambda _: None)
+    before = json.loads(out.read_text())["records"]
+    quality.main(command)
+    added = json.loads((tmp_path / "result.json").read_text())["records"][len(before) :]
+    found = [(row["method"], row["asked"], row["seed"]) for row in added]
+    assert sorted(found) == [("local", 0.2, 0), ("local", ASKED, 0), ("random", 0.2, 0)]
+
+
+@pytest.mark.usefixtures("quality")
 def test_interpolation():
     from quality_measure import OutOfReachError, interpolate, seek
 
