@@ -25,7 +25,7 @@ import from_source  # noqa: F401
 import numpy as np
 import onnxruntime as ort
 import torch
-from quality_setting import command_line, processor
+from quality_setting import command_line, processor, save
 from speed_limits import add_limits, measure_limits, print_limits
 from speed_measure import GRAPH, SPARSITIES, Plan, compare, draw_tokens, plan, versions
 from speed_models import SHAPES, build_genai, export, model_facts, random_routing, without_routing, write_checkpoint
@@ -75,15 +75,10 @@ def main(arguments: list[str] | None = None) -> None:
         print("numerics: " + ", ".join(f"{name} {value:.3g}" for name, value in result["numerics"].items()), flush=True)
         for name in args.models.split(","):
             measure_model(args, name, Path(temporary) / name, result)
-            save(args.json, result)
+            if args.json:  # what the last points left as notes, too
+                save(args.json, result)
     for note in result["config"]["notes"]:
         print(f"\nNote: {note}")
-
-
-def save(path: Path | None, result: dict[str, Any]) -> None:
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -219,7 +214,8 @@ def measure_model(args: argparse.Namespace, name: str, folder: Path, result: dic
             record |= {"model": name, "precision": precision, "threads": 1, "device": args.device}
             records.append(add_limits(checkpoint.config, record, result["limits"]))
             result["records"].append(records[-1])
-        save(args.json, result)  # after every point: a run that is stopped leaves what it has
+        if args.json:  # after every point: a run that is stopped leaves what it has
+            save(args.json, result)
     print_setting(config["models"][name], name, precision, 1, records)
     print_limits(records)
     sessions.clear()

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from quality_setting import command_line, processor
+from quality_setting import command_line, processor, save
 from speed_measure import SPARSITIES, compare, plan, versions
 from speed_models import SHAPES, build_genai, export, model_facts, random_routing, without_routing, write_checkpoint
 from speed_profile import print_profile
@@ -52,8 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
             for record in measure_model(args, name, (args.work or Path(temporary)) / name, result["config"]):
                 result["records"].append(record)
                 if args.json:  # after every record: a run that is stopped leaves what it has
-                    args.json.parent.mkdir(parents=True, exist_ok=True)
-                    args.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+                    save(args.json, result)
     for note in result["config"]["notes"]:
         print(f"\nNote: {note}")
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from quality_methods import END_TO_END, GROUPS, LABELS, SEEDLESS, Job, run_job
-from quality_setting import BLOCK, command_line, describe, parse_texts, read_text
+from quality_setting import BLOCK, command_line, describe, parse_texts, read_text, save
 from quality_tables import print_all
 
 from ir_convert.checkpoint import Checkpoint
@@ -132,13 +132,6 @@ def open_result(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     if different := [name for name in config if name not in FREE and result["config"].get(name) != config[name]]:
         raise SystemExit(f"{path} is of another configuration ({', '.join(different)}): name another --out")
     return {"config": config, "records": result["records"]}
-
-
-def save(path: Path, result: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    temporary.replace(path)
 
 
 if __name__ == "__main__":

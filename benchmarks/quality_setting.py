@@ -1,6 +1,7 @@
 """What a benchmark runs on: texts as token blocks, and the facts that a result must name to be repeated."""
 
 import hashlib
+import json
 import platform
 import sys
 from collections.abc import Sequence
@@ -97,3 +98,11 @@ def processor() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def save(path: Path, result: dict[str, Any]) -> None:
+    """Writes results whole: a run that is stopped leaves those of before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    temporary.replace(path)

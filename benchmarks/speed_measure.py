@@ -198,16 +198,16 @@ def compare(
         logits = room_for_logits(sessions["own"], config, this.point, device)
         named = [name for name in sessions if this.point.kind == "decode" or not name.endswith(GRAPH)]
         dense = [name for name in named if name not in ROUTED]
-        genai = [True] if "genai" in dense else []  # it writes its cache in place
+        places = {name: in_place or name == "genai" for name in named}  # which always writes its cache in place
         calls: list[tuple[str, str, float | None]] = [(name, name, None) for name in dense]
         for row, name in itertools.product(this.chosen, [name for name in ROUTED if name in named]):
             calls.append((f"{name} {row['asked']:g}", name, row["threshold"]))
         # All read the same past, and each writes its own token before it reads it: one cache of a kind does for all.
-        caches = {kind: Cache(sessions["own"], config, this.point, kind, device) for kind in {in_place, *genai}}
+        caches = {kind: Cache(sessions["own"], config, this.point, kind, device) for kind in set(places.values())}
         runners = {
             call: Runner(
-                *(sessions[name], config, this.point, this.steps, threshold, in_place or name == "genai"),
-                *(device, clock, logits, name.endswith(GRAPH), caches[in_place or name == "genai"]),
+                *(sessions[name], config, this.point, this.steps, threshold, places[name]),
+                *(device, clock, logits, name.endswith(GRAPH), caches[places[name]]),
             )
             for call, name, threshold in calls
         }

@@ -172,6 +172,12 @@ def convert(
         work = job.work(outputs[0], restart, team)
         view = quantisation.view(checkpoint, work.folder)
         learned = _calibrate(view, blocks, options, job, processor, work, team, report)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{processor} has no memory left. What was finished is kept: free some, and run the same command again. "
+            "End-to-end stages hold the whole model: --gradient-checkpointing takes less for all else, and accelerate launch "
+            "--use_fsdp shares the model among GPUs"
+        ) from error
     except (OSError, SafetensorError) as error:  # no room, no permission
         raise UserError(
             f"the calibration had to stop: {one_line(error)}. What was finished is kept in {job.folder(outputs[0])}: put "
@@ -207,14 +213,7 @@ def _calibrate(
         report.note(expected.sentence())
         if work.folder and not work.begun and (free := disk_usage(work.folder).free) < expected.disk * team.size:
             report.note(f"{work.folder.parent} has {free / 1e9:.1f} GB free: that may be too little.")
-        try:
-            routing = calibrate(checkpoint, blocks, options, device=device, report=report, work=work, team=team)
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"{device} has no memory left. What was finished is kept: free some, and run the same command again. "
-                "End-to-end stages hold the whole model: --gradient-checkpointing takes less for all else, and accelerate launch "
-                "--use_fsdp shares the model among GPUs"
-            ) from error
+        routing = calibrate(checkpoint, blocks, options, device=device, report=report, work=work, team=team)
         if kept:
             routing.save(kept)
     routing.metadata["job_sha256"] = job.sha256  # set here: how it is written may have changed since

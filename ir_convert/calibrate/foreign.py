@@ -22,6 +22,11 @@ def with_foreign(fit: Tensor, vocabulary: Tensor, seed: int) -> Tensor:
     """
     drawn = torch.randint(len(vocabulary), fit.shape, generator=torch.Generator().manual_seed(seed))
     mixed = torch.where(foreign(len(fit)).unsqueeze(1), vocabulary[drawn], fit)
-    if (fit[:, 0] == fit[0, 0]).all():
+    if begin_alike(fit):
         mixed[:, 0] = fit[:, 0]
     return mixed
+
+
+def begin_alike(blocks: Tensor) -> bool:
+    """Whether all blocks ``[count, sequence]``, more than one, begin with the same token."""
+    return len(blocks) > 1 and bool((blocks[:, 0] == blocks[0, 0]).all())

@@ -9,9 +9,10 @@ from torch.nn import functional as F
 
 from ...flops import Budget, Key
 from ...progress import Reporter
+from ..foreign import begin_alike
 from .gates import Gates, logistic_noise
 from .model import RoutedModel
-from .train import Descent, Trace, batches, begin_alike, cut, descend
+from .train import Descent, Trace, batches, cut, descend
 from .workers import Workers
 
 IGNORED = -100

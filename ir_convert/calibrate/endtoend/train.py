@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ...errors import UserError
 from ...progress import Reporter
+from ..foreign import begin_alike
 from .workers import Workers
 
 
@@ -65,11 +66,6 @@ def cut(blocks: Tensor, length: int | None, begun: bool | None = None) -> Tensor
     body = length - first.shape[1]
     pieces = blocks[:, first.shape[1] :].unfold(1, body, body)  # [count, pieces, body]
     return torch.cat([first.unsqueeze(1).expand(-1, pieces.shape[1], -1), pieces], dim=2).flatten(0, 1)
-
-
-def begin_alike(blocks: Tensor) -> bool:
-    """Whether all blocks ``[count, sequence]``, more than one, begin with the same token."""
-    return len(blocks) > 1 and bool((blocks[:, 0] == blocks[0, 0]).all())
 
 
 def batches(count: int, descent: Descent, generator: torch.Generator) -> Tensor:
