@@ -1,11 +1,11 @@
 """What the export of a large random model takes: time beside that of reading its weights and of writing as many bytes as it
 wrote to the same disk, memory, and whether it loads.
 
-    python benchmarks/export.py --parameters 1.5 --shape 1B [--folder DISK] [--json results.json]
+    python benchmarks/export.py --parameters 1.5 --shape 1B [--rounds 5] [--folder DISK] [--json results.json]
 
 Reading: every tensor once, in its stored precision, from a cold cache where the machine lets us drop it (root), else a warm one.
-Every export runs in a process of its own. Memory is what it allocated at its peak, beyond what it began with; the largest
-tensor is in fp32.
+Reading, plain writing and exports take turns; times are medians over rounds, ratios medians of the rounds' ratios. Every export
+runs in a process of its own. Memory is what it allocated at its peak, beyond what it began with; the largest tensor is in fp32.
 """
 
 import argparse
@@ -18,8 +18,10 @@ import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
@@ -126,40 +128,60 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parameters", type=float, default=1.5, help="in billions")
     parser.add_argument("--shape", choices=SHAPES, default="1B", help="of a layer")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--kinds", nargs="+", choices=EXPORTS, default=list(EXPORTS))
     parser.add_argument("--folder", type=Path, help="where model and exports go; a temporary folder by default")
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "export.json")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
-        model, out = Path(temporary) / "model", Path(temporary) / "out"
+        model, cold = Path(temporary) / "model", forget_cache()
         count = parameters(write_model(model, args.parameters, args.shape))
-        rows, cold = [], forget_cache()
-        reading = read(model)
+        print(f"{count / 1e9:.2f} G parameters in bfloat16, {'cold' if cold else 'warm'} cache", flush=True)
+        rounds = [one_round(model, Path(temporary), args.kinds) for _ in range(args.rounds)]
+    rows = [summary([times[index] for times in rounds]) for index in range(len(args.kinds))]
+    for row in rows:
         print(
-            f"{count / 1e9:.2f} G parameters in bfloat16, read in {reading:.1f} s ({'cold' if cold else 'warm'} cache)"
+            f"{row['kind']:<8} {row['seconds']:6.1f} s, {row['over_reading']:.2f} x reading ({row['reading_seconds']:.1f} s), "
+            f"{row['over_both']:.2f} x reading and writing ({row['writing_seconds']:.1f} s); {row['bytes'] / 2**30:.2f} GiB; "
+            f"{row['memory'] / 2**30:.2f} GiB of memory, {(row['memory'] - row['largest_tensor']) / 2**30:+.2f} beyond the largest tensor"
         )
-        for kind in EXPORTS:
-            out.mkdir()
-            forget_cache()
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                row = pool.submit(export, model, out, kind).result()
-            shutil.rmtree(out)
-            row["writing_seconds"] = write_plain(Path(temporary) / "plain", row["bytes"])
-            rows.append(row)
-            beyond = (row["memory"] - row["largest_tensor"]) / 2**30
-            print(
-                f"{kind:<8} {row['seconds']:6.1f} s, {row['seconds'] / reading:.1f} x reading, "
-                f"{row['seconds'] / (reading + row['writing_seconds']):.1f} x reading and writing ({row['writing_seconds']:.1f} s); {row['bytes'] / 2**30:.2f} GiB; "
-                f"{row['memory'] / 2**30:.2f} GiB of memory, {beyond:+.2f} beyond the largest tensor",
-                flush=True,
-            )
-    result = {
-        "command": command_line(),
-        "parameters": count,
-        "cold_cache": cold,
-        "reading_seconds": reading,
-        "rows": rows,
-    }
+    result = {"command": command_line(), "parameters": count, "cold_cache": cold, "rounds": args.rounds, "rows": rows}
     args.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+
+
+def one_round(model: Path, folder: Path, kinds: list[str]) -> list[dict[str, Any]]:
+    """Returns a row for every kind of export, with the times of reading and writing that came before it."""
+    rows = []
+    for kind in kinds:
+        forget_cache()
+        reading = read(model)
+        out = folder / "out"
+        out.mkdir()
+        forget_cache()
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            row = pool.submit(export, model, out, kind).result()
+        shutil.rmtree(out)
+        forget_cache()
+        rows.append(row | {"reading_seconds": reading, "writing_seconds": write_plain(folder / "plain", row["bytes"])})
+        print(f"  {kind:<8} {row['seconds']:6.1f} s, reading {reading:.1f} s", flush=True)
+    return rows
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the medians over rounds, the most memory, and the quartiles of the ratio to reading."""
+    reading = [row["seconds"] / row["reading_seconds"] for row in rows]
+    both = [row["seconds"] / (row["reading_seconds"] + row["writing_seconds"]) for row in rows]
+    times = {name: median(row[name] for row in rows) for name in ("seconds", "reading_seconds", "writing_seconds")}
+    return (
+        rows[0]
+        | times
+        | {
+            "over_reading": median(reading),
+            "over_reading_quartiles": [float(value) for value in np.quantile(reading, (0.25, 0.75))],
+            "over_both": median(both),
+            "memory": max(row["memory"] for row in rows),
+        }
+    )
 
 
 if __name__ == "__main__":

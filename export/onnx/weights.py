@@ -16,7 +16,7 @@ from ..finite import require_finite
 # Numbers converted together. What is written from a processor's cache, by memory that is used again, takes the system a third
 # of the time that it takes with whole tensors.
 PIECE = 1 << 18
-COLUMNS = 32  # at least, of a transposed piece: whole lines of the cache are read
+COLUMNS = 64  # at least, of a transposed piece: whole lines of the cache are read
 BEHIND = 1 << 24  # bytes of a tensor that are written before they are sent to the disk
 
 
@@ -65,10 +65,11 @@ class LazyWeight(ir.LazyTensor):
         _require_shape(name, tensor, self._expected)
         if self._transpose:
             for columns in tensor.split(max(COLUMNS, PIECE // max(1, len(tensor))), dim=1):
-                yield require_finite(name, columns.to(self._to).T.contiguous())
+                # torch transposes what is dense several times as fast, and converts halves by way of float32.
+                yield require_finite(name, columns.contiguous().float().T.contiguous().to(self._to))
         else:
             for numbers in tensor.contiguous().view(-1).split(PIECE):
-                yield require_finite(name, numbers.to(self._to))
+                yield require_finite(name, numbers.float().to(self._to))
 
 
 def by_parts(
