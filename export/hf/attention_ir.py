@@ -38,7 +38,7 @@ class RoutedAttention(RoutedUnit):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Like the family's; attention weights are returned only where every token executes.
+        """Like the family's, but there are no attention weights where tokens are approximated.
 
         With a strict KV cache, an approximated token's keys and values are zero, and no token sees a key that is zero in
         every head: the cache itself says who is in it.
@@ -59,6 +59,10 @@ class RoutedAttention(RoutedUnit):
             return self.finished(output), weights
         if self.config._attn_implementation not in ("sdpa", "eager"):
             raise ValueError(f"routed attention runs with 'sdpa' or 'eager', not '{self.config._attn_implementation}'")
+        if kwargs.get("output_attentions") or getattr(self.config, "output_attentions", False):
+            raise ValueError(
+                "output_attentions: approximated tokens have no attention weights; set_sparsity(0) has all"
+            )
         output = self.forecast(h)
         keys = self._kept("k", hidden_states, where)
         values = self._kept("v", hidden_states, where)

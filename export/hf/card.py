@@ -36,7 +36,8 @@ with model.hold_sparsity(0.2):  # moves the threshold, where the text drifts fro
     model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=2000)
 ```
 
-{_figures(routing)}It runs with transformers 4.57 and 5, `attn_implementation` {_kernels(checkpoint)}.
+{_figures(routing)}It runs with transformers 4.57 and 5, `attn_implementation` {_kernels(checkpoint)}. Fine-tuning leaves decisions as they are (routers get no
+gradient); `DistributedDataParallel` needs `find_unused_parameters=True`, for not every unit runs in every batch.
 
 | sparsity | threshold |
 |---|---|

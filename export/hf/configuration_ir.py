@@ -21,7 +21,7 @@ from transformers import (
 )
 
 # Transformers tells modeling code apart by the source of *this* file: it has to change whenever the others do.
-MODELING_SHA256 = "0a1238fbaeff"
+MODELING_SHA256 = "16b905df82b5"
 
 
 class InformedRouting:
@@ -69,7 +69,12 @@ class InformedRouting:
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        return super().from_dict(_experts_as_read_here(_rope_as_read_here(config_dict)), **kwargs)  # type: ignore[misc]
+        """Like the family's; ``sparsity=0.2``, also given to ``from_pretrained``, is ``set_sparsity(0.2)``."""
+        sparsity = None if "routing_threshold" in kwargs else kwargs.pop("sparsity", None)
+        result = super().from_dict(_experts_as_read_here(_rope_as_read_here(config_dict)), **kwargs)  # type: ignore[misc]
+        if sparsity is not None:
+            (result[0] if isinstance(result, tuple) else result).set_sparsity(sparsity)
+        return result
 
 
 def rope_of_version_4(parameters: dict[str, Any]) -> dict[str, Any]:

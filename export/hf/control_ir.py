@@ -15,7 +15,12 @@ class SparsityControl:
     """
 
     def __init__(self, sparsity: float, threshold: float, gain: float = GAIN) -> None:
-        self.sparsity, self.threshold, self.gain = sparsity, threshold, gain
+        self.gain = gain
+        self.start(sparsity, threshold)
+
+    def start(self, sparsity: float, threshold: float) -> None:
+        """Begins anew with another share to save."""
+        self.sparsity, self.threshold = sparsity, threshold
         self._saved, self._tokens = 0.0, 0
 
     def observe(self, saved: float, tokens: int) -> float:

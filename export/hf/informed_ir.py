@@ -65,7 +65,6 @@ class InformedRouting:
     config: Any
     model: Any
     post_init: Any
-    register_forward_hook: Any
     # Other attention kernels take no rows of a mask, and which tokens execute is data: nothing to compile whole.
     _supports_flash_attn = False
     _supports_flex_attn = False
@@ -73,9 +72,8 @@ class InformedRouting:
     _can_compile_fullgraph = False
 
     def __init__(self, config: Any) -> None:
-        if getattr(config, "output_router_logits", False):
-            raise ValueError("output_router_logits is not supported: approximated tokens have no scores of experts")
         super().__init__(config)  # type: ignore[call-arg]
+        self.require_no_scores_of_experts()
         for index, layer in enumerate(self.model.layers):
             for module, unit in UNITS.items():
                 if config.routing_shape(index, unit):
@@ -85,9 +83,15 @@ class InformedRouting:
                         norm = self.post_norm(config.hidden_size, eps=config.rms_norm_eps)
                         setattr(layer, POST_NORMS[unit], norm)
                         routed.take_post_norm(norm)
+        self._controls: list[SparsityControl] = []  # the last one is in charge
         self._keep_in_fp32_modules_strict: Any = {"score"}
         self._keep_in_fp32_modules: Any = {"score"}  # whoever quantizes leaves out these
         self.post_init()
+
+    def require_no_scores_of_experts(self, asked: bool | None = None) -> None:
+        """Raises ValueError where a call, or else the configuration, asks for what approximated tokens have not."""
+        if getattr(self.config, "output_router_logits", False) if asked is None else asked:
+            raise ValueError("output_router_logits is not supported: approximated tokens have no scores of experts")
 
     def set_sparsity(self, sparsity: float) -> None:
         """Saves this share of the FLOPs from now on; 0 is the dense model. Kept by ``save_pretrained``.
@@ -119,6 +123,9 @@ class InformedRouting:
     def hold_sparsity(self, sparsity: float, gain: float = GAIN) -> Iterator[SparsityControl]:
         """Inside a ``with`` block, moves the threshold as text drifts, so that what is saved stays at ``sparsity``.
 
+        Before each call it is put where the calls before have led it. ``set_sparsity`` inside gives it another aim; of nested
+        blocks the innermost is in charge.
+
         Args:
             sparsity: the share of FLOPs to save.
             gain: how far the threshold moves for each unit of sparsity missed over 256 tokens.
@@ -129,16 +136,30 @@ class InformedRouting:
         before = self.config.sparsity, self.config.routing_threshold
         self.set_sparsity(sparsity)
         control = SparsityControl(sparsity, float(self.config.routing_threshold), gain)
+        placed = self.config.routing_threshold  # where the control, and nobody else, has put it
         with self.routing_statistics() as seen:
 
-            def move(*_: Any) -> None:
-                threshold = control.observe(seen.sparsity, seen.tokens)
-                self.config.routing_threshold = threshold if math.isfinite(threshold) else str(threshold)
-                seen.clear()
+            def begin(*_: Any) -> None:
+                # Not before a call: what gradient checkpointing computes again needs the threshold of the first time.
+                nonlocal placed
+                seen.clear()  # of calls that failed, of what was computed again, and of those that another control led
+                if self._controls[-1] is control:
+                    if self.config.routing_threshold != placed:  # the dial was moved
+                        control.start(self.config.sparsity, float(self.config.routing_threshold))
+                    placed = control.threshold if math.isfinite(control.threshold) else str(control.threshold)
+                    self.config.routing_threshold = placed
 
-            hook = self.register_forward_hook(move)
+            def end(*_: Any) -> None:
+                if self._controls[-1] is control:
+                    control.observe(seen.sparsity, seen.tokens)
+
+            # At the decoder: wrappers such as adapters may pass the outer module's hooks by.
+            hooks = [self.model.register_forward_pre_hook(begin), self.model.register_forward_hook(end)]
+            self._controls.append(control)
             try:
                 yield control
             finally:
-                hook.remove()
+                self._controls.remove(control)
+                for hook in hooks:
+                    hook.remove()
                 self.config.sparsity, self.config.routing_threshold = before

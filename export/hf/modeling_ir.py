@@ -10,6 +10,9 @@ tokens only. A unit that is not routed is the base model's own. ``model.set_spar
 model is the dense one. Decisions are deterministic.
 """
 
+from functools import wraps
+from typing import Any
+
 from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention, Gemma2ForCausalLM, Gemma2MLP, Gemma2RMSNorm
 from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention, Gemma3ForCausalLM, Gemma3MLP, Gemma3RMSNorm
 from transformers.models.granite.modeling_granite import GraniteAttention, GraniteForCausalLM, GraniteMLP
@@ -184,6 +187,11 @@ class IRQwen3MoeMLP(RoutedExperts, Qwen3MoeSparseMoeBlock): ...
 class IRQwen3MoeForCausalLM(InformedRouting, Qwen3MoeForCausalLM):
     config_class = IRQwen3MoeConfig
     attention, mlp = IRQwen3MoeAttention, IRQwen3MoeMLP
+
+    @wraps(Qwen3MoeForCausalLM.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        self.require_no_scores_of_experts(kwargs.get("output_router_logits"))
+        return super().forward(*args, **kwargs)
 
 
 MODELS = (

@@ -33,8 +33,11 @@ class Router(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         hidden = F.silu(self.hidden(h))
-        if self.score.weight.is_floating_point():  # where it is quantized, the layer casts for itself
-            hidden = hidden.to(self.score.weight.dtype)
+        weight = self.score.weight
+        if (
+            isinstance(weight, Tensor) and weight.is_floating_point()
+        ):  # where it is quantized, the layer casts for itself
+            hidden = hidden.to(weight.dtype)
         return self.score(hidden).squeeze(-1).float()
 
 

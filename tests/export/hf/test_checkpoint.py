@@ -148,6 +148,31 @@ def test_sparsity_out_of_reach(exported):
     assert exported.model.config.routing_threshold == before
 
 
+def test_sparsity_as_an_argument_of_loading(exported):
+    curve = exported.routing.curve
+    sparsity = curve.sparsity[-1] / 3
+    config = load(exported.folder, sparsity=sparsity).config
+    assert (config.sparsity, config.routing_threshold) == (sparsity, curve.at(sparsity))
+    config = load(exported.folder, routing_threshold=0.25).config
+    assert config.routing_threshold == 0.25
+    with pytest.raises(ValueError, match="out of reach"):
+        load(exported.folder, sparsity=2)
+
+
+@torch.no_grad()
+def test_what_approximated_tokens_have_not_is_refused(exported):
+    model, ids = exported.model, torch.arange(5, 25)[None]
+    model.set_attn_implementation("eager")
+    exported.set_threshold(-math.inf)
+    assert len(model(ids, output_attentions=True).attentions) == len(model.model.layers)
+    exported.set_threshold(0.0)
+    with pytest.raises(ValueError, match="approximated tokens have no attention weights"):
+        model(ids, output_attentions=True)
+    if hasattr(model.config, "num_experts"):
+        with pytest.raises(ValueError, match="approximated tokens have no scores"):
+            model(ids, output_router_logits=True)
+
+
 @torch.no_grad()
 def test_every_unit_may_have_its_own_sizes(llama, tmp_path):
     _, checkpoint, routing = llama

@@ -40,7 +40,9 @@ def test_a_curve_that_is_off(model):
     with model.hold_sparsity(0.4) as control:
         assert model.config.routing_threshold == -2.0
         saved = [run(model, tokens(1, 256, seed=seed)) for seed in range(30)]
-        assert model.config.routing_threshold == control.threshold > -1.0
+        assert control.threshold > -1.0
+        run(model, tokens(1, 1))
+        assert model.config.routing_threshold == control.threshold
     assert saved[0] < 0.3
     assert abs(sum(saved[-10:]) / 10 - 0.4) < 0.02
     assert model.config.routing_threshold == before
@@ -55,6 +57,7 @@ def test_single_tokens_move_it_once_in_a_window(model):
             thresholds.append(model.config.routing_threshold)
             model(ids)
         assert set(thresholds) == {-2.0}
+        model(ids)
         assert model.config.routing_threshold != -2.0
 
 
@@ -70,6 +73,76 @@ def test_out_of_reach(model):
     with pytest.raises(ValueError, match="out of reach"), model.hold_sparsity(0.61):
         pass
     assert model.config.routing_threshold == before
+
+
+@torch.no_grad()
+def test_the_innermost_is_in_charge(model):
+    with model.hold_sparsity(0.4) as outer:
+        model(tokens(1, 300))
+        held = outer.threshold
+        with model.hold_sparsity(0.2):
+            for seed in range(4):
+                model(tokens(1, 300, seed=seed))
+        assert outer.threshold == held
+        assert run(model, tokens(1, 300)) > 0.1
+        assert model.config.routing_threshold == held
+
+
+@torch.no_grad()
+def test_a_dial_that_is_moved_inside(model):
+    with model.hold_sparsity(0.4) as control:
+        model.set_sparsity(0)
+        assert [run(model, tokens(1, 300, seed=seed)) for seed in range(3)] == [0, 0, 0]
+        assert control.sparsity == 0
+        model.set_sparsity(0.2)
+        saved = [run(model, tokens(1, 256, seed=seed)) for seed in range(20)]
+    assert abs(sum(saved[-8:]) / 8 - 0.2) < 0.03
+
+
+@torch.no_grad()
+def test_a_call_that_fails_counts_nothing(model):
+    def fail(*_):
+        raise MemoryError
+
+    block = tokens(1, 300)
+    with model.hold_sparsity(0.4) as control:
+        model(block)
+        moved = control.threshold
+    with model.hold_sparsity(0.4) as control:
+        hook = model.model.layers[1].register_forward_hook(fail)
+        for _ in range(3):
+            with pytest.raises(MemoryError):
+                model(block)
+        hook.remove()
+        model(block)
+        assert control.threshold == moved
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_checkpointing_computes_again_decides_alike(model, reentrant):
+    block, gradients = tokens(1, 300), []
+    for checkpointing in (False, True):
+        model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        try:
+            with model.hold_sparsity(0.4) as control:
+                for _ in range(2):
+                    model.zero_grad()
+                    model(block, labels=block).loss.backward()
+                gradients.append((control.threshold, model.model.layers[0].mlp.forecaster.up.weight.grad.clone()))
+        finally:
+            model.gradient_checkpointing_disable()
+            model.eval().zero_grad()
+    assert gradients[0][0] == gradients[1][0]
+    torch.testing.assert_close(gradients[0][1], gradients[1][1])
+
+
+@torch.no_grad()
+def test_wrappers_that_pass_the_outer_module_by(model):
+    with model.hold_sparsity(0.4) as control:
+        model.forward(tokens(1, 300))
+        assert control.threshold != -2.0
 
 
 def test_law():

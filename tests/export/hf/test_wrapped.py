@@ -96,6 +96,28 @@ def test_router_whose_last_layer_is_quantized():
     assert len(router(h).unique()) == expected.numel()
 
 
+class DynamicallyQuantized(nn.Module):
+    """Stands in for torch's: what is called ``weight`` is a method."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+
+    def weight(self) -> torch.Tensor:
+        return self.base.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x)
+
+
+@torch.no_grad()
+def test_router_whose_last_layer_has_no_weight_to_look_at():
+    router, h = Router(32, 8), torch.randn(3, 40, 32)
+    expected = router(h)
+    router.score = DynamicallyQuantized(router.score)
+    assert router(h).equal(expected)
+
+
 def test_routers_last_layer_is_left_out_where_the_rest_is_quantized(exported):
     model = exported.model
     assert "score" in HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
