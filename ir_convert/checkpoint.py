@@ -82,7 +82,8 @@ class Checkpoint:
         Raises:
             UserError: not found, no safetensors weights, not supported, damaged or missing shards.
         """
-        path = Path(model) if Path(model).is_dir() else _download(model)
+        path = Path(model).expanduser()
+        path = path if path.is_dir() else _download(model)
         try:
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         except Exception as error:  # what transformers and its validators raise shares no base class
@@ -271,9 +272,9 @@ def shards_of(path: Path) -> dict[str, str]:
             raise UserError(f"{path / SINGLE} is damaged: {one_line(error)}; download it again") from error
     if (path / INDEX).is_file():
         try:
-            shards = json.loads((path / INDEX).read_text("utf-8"))["weight_map"]
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{path / INDEX} is damaged: {one_line(error)}") from error
+            shards = {str(name): os.fspath(file) for name, file in _weight_map(path).items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path / INDEX} is damaged: {one_line(error)}; download it again") from error
         for shard in set(shards.values()):
             if os.path.basename(shard) != shard or shard in ("", ".", ".."):
                 raise UserError(f"{path / INDEX} names a file outside its folder: '{shard}'")
@@ -286,14 +287,21 @@ def shards_of(path: Path) -> dict[str, str]:
     )
 
 
+def _weight_map(path: Path) -> dict[str, str]:
+    return json.loads((path / INDEX).read_text("utf-8"))["weight_map"]
+
+
 def _why_no_config(path: Path, error: Exception) -> str:
     config = path / "config.json"
     if not config.is_file():
-        return f"{path} has no config.json: not a Hugging Face model folder"
+        adapter = ", but an adapter: merge it into its base model" if (path / "adapter_config.json").is_file() else ""
+        return f"{path} has no config.json: not a Hugging Face model folder{adapter}"
     try:
         content = json.loads(config.read_text("utf-8"))
     except ValueError:
         return f"{config} is not valid JSON"
+    if isinstance(content, dict) and "routing_threshold" in content:
+        return f"{path} was written by ir-convert: it is routed already; convert its base model"
     if isinstance(content, dict) and "auto_map" in content:
         return f"{path} needs code of its own (auto_map) to load; such models are not converted"
     return f"{config} cannot be read: {one_line(error)}"

@@ -118,6 +118,7 @@ def convert(
     writing = Writing(outputs, dtype, quantisation, trace, logits, overwrite)
     writing.check_flags()
     if routing is not None:
+        routing = routing.expanduser()
         _check_ignored(routing, given)
     team = Team.assemble(processor)
     processor = team.device(processor)
@@ -168,26 +169,27 @@ def convert(
     writing = writing.only([output for output in outputs if restart or output not in done])
     writing.check(checkpoint)
 
-    try:
-        work = job.work(outputs[0], restart, team)
-        view = quantisation.view(checkpoint, work.folder)
-        learned = _calibrate(view, blocks, options, job, processor, work, team, report)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"{processor} has no memory left. What was finished is kept: free some, and run the same command again. "
-            "End-to-end stages hold the whole model: --gradient-checkpointing takes less for all else, and accelerate launch "
-            "--use_fsdp shares the model among GPUs"
-        ) from error
-    except (OSError, SafetensorError) as error:  # no room, no permission
-        raise UserError(
-            f"the calibration had to stop: {one_line(error)}. What was finished is kept in {job.folder(outputs[0])}: put "
-            "that right, and run the same command again"
-        ) from error
-    sizes = {}
-    if team.rank == 0:
-        sizes = writing.write(checkpoint, learned, report)
-        job.work(outputs[0], False, Team(alone=True)).clear()
-    team.wait()
+    with job.alone(outputs[0], team):
+        try:
+            work = job.work(outputs[0], restart, team)
+            view = quantisation.view(checkpoint, work.folder)
+            learned = _calibrate(view, blocks, options, job, processor, work, team, report)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"{processor} has no memory left. What was finished is kept: free some, and run the same command again. "
+                "End-to-end stages hold the whole model: --gradient-checkpointing takes less for all else, and accelerate launch "
+                "--use_fsdp shares the model among GPUs"
+            ) from error
+        except (OSError, SafetensorError) as error:  # no room, no permission
+            raise UserError(
+                f"the calibration had to stop: {one_line(error)}. What was finished is kept in {job.folder(outputs[0])}: put "
+                "that right, and run the same command again"
+            ) from error
+        sizes = {}
+        if team.rank == 0:
+            sizes = writing.write(checkpoint, learned, report)
+            job.work(outputs[0], False, Team(alone=True)).clear()
+        team.wait()
     return Conversion(learned, sizes, time.monotonic() - start)
 
 

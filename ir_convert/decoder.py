@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from .checkpoint import Checkpoint
+from .errors import UserError
 from .experts import fit_experts
 from .families import Family, family_of, sliding_windows
 from .rope import SLIDING
@@ -181,7 +182,11 @@ def load_layer(module: nn.Module, checkpoint: Checkpoint, index: int, dtype: tor
     tensors, mlp = checkpoint.read_layer(index, dtype), checkpoint.family.mlp
     if mlp.experts is not None:
         tensors = fit_experts(tensors, module, f"{mlp.module}.{mlp.experts}")
-    module.load_state_dict({name: tensor.to(device) for name, tensor in tensors.items()}, assign=True)
+    try:
+        module.load_state_dict({name: tensor.to(device) for name, tensor in tensors.items()}, assign=True)
+    except RuntimeError as error:  # its first line names the class
+        what = " ".join(str(error).split("\n", 1)[-1].split())
+        raise UserError(f"layer {index} of {checkpoint.name} is not as config.json says: {what}") from error
     module.requires_grad_(False)
 
 

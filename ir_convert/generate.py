@@ -41,6 +41,7 @@ def generate(
         UserError: the artifact is missing or not one of ours, the prompt is empty, the sparsity is out of reach, or
             the temperature is out of its range.
     """
+    artifact = artifact.expanduser()
     if not artifact.exists():
         raise UserError(f"artifact '{artifact}' does not exist: name an .onnx file or a checkpoint folder")
     if not prompt:

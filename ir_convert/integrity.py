@@ -1,6 +1,5 @@
 """Whether a checkpoint's weights are whole, and those that its configuration is of: seen at once, not hours into a calibration."""
 
-from collections.abc import Iterable
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -9,6 +8,8 @@ from transformers import PretrainedConfig
 from . import experts
 from .errors import UserError, one_line
 from .families import experts_of, family_of, packed_rows, projection_sizes
+
+FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def require_whole(path: Path, config: PretrainedConfig, shards: dict[str, str]) -> None:
@@ -23,10 +24,13 @@ def require_whole(path: Path, config: PretrainedConfig, shards: dict[str, str]) 
         UserError: a shard is damaged, or a tensor missing, of another shape, or of a layer too many.
     """
     shapes: dict[str, list[int]] = {}
+    dtypes: dict[str, str] = {}
     for shard in sorted(set(shards.values())):
         try:
             with safe_open(path / shard, "pt") as file:
-                shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}
+                slices = {name: file.get_slice(name) for name in file.keys()}
+                shapes |= {name: held.get_shape() for name, held in slices.items()}
+                dtypes |= {name: held.get_dtype() for name, held in slices.items()}
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path / shard} is damaged: {one_line(error)}; download it again") from error
     if absent := sorted(set(shards) - set(shapes)):
@@ -36,20 +40,28 @@ def require_whole(path: Path, config: PretrainedConfig, shards: dict[str, str]) 
         if shapes.get(name) != shape:
             raise UserError(f"{path}: tensor '{name}' is {shapes.get(name, 'absent')}; config.json says {shape}")
     _require_layers(path, config, shapes)
+    used = (family.embedding, family.head, family.final_norm, f"{family.layers}.")
+    for name, dtype in dtypes.items():
+        if name.startswith(used) and dtype not in FLOATS:
+            raise UserError(f"{path}: tensor '{name}' is {dtype}, not floats: convert the model that it was made from")
     if not {family.embedding, family.head} & set(shapes):
         raise UserError(f"{path} has neither '{family.embedding}' nor '{family.head}'")
 
 
-def _require_layers(path: Path, config: PretrainedConfig, names: Iterable[str]) -> None:
-    """Sees that there are as many layers as the configuration says, and that none lacks what another has."""
+def _require_layers(path: Path, config: PretrainedConfig, shapes: dict[str, list[int]]) -> None:
+    """Sees that there are as many layers as the configuration says, and that all hold the same."""
     layers: dict[str, set[str]] = {str(index): set() for index in range(config.num_hidden_layers)}
+    first: dict[str, tuple[str, list[int]]] = {}
     prefix = f"{family_of(config).layers}."
-    for name in names:
+    for name, shape in shapes.items():
         layer, _, inside = name.removeprefix(prefix).partition(".")
         if name.startswith(prefix) and "rotary_emb" not in inside:
             if layer not in layers:
                 raise UserError(f"{path} has a tensor '{name}'; config.json says that there are {len(layers)} layers")
             layers[layer].add(inside)
+            other, expected = first.setdefault(inside, (name, shape))
+            if shape != expected:
+                raise UserError(f"{path}: tensor '{name}' is {shape}, '{other}' {expected}: download it again")
     everything = set().union(*layers.values())
     for layer, held in layers.items():
         if absent := sorted(everything - held):

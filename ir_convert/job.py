@@ -1,7 +1,10 @@
 """One conversion as a job: what it depends on, where its unfinished work lies, and whether it was done before."""
 
+import fcntl
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,17 +63,49 @@ class Job:
         team.wait()
         return Work(folder if team.size == 1 else folder / f"process-{team.rank}")
 
+    @contextmanager
+    def alone(self, output: Output, team: Team) -> Iterator[None]:
+        """Keeps other runs from the work folder, inside a ``with`` block.
+
+        Raises:
+            UserError: another run is at work there, or nothing can be written there.
+        """
+        if team.rank != 0:
+            yield
+            return
+        path = self.folder(output).with_suffix(".work.lock")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = path.open("w")
+        except OSError as error:
+            raise UserError(f"cannot write {output.path}: {error.strerror or error}") from error
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when the process ends, however it ends
+            except BlockingIOError as error:
+                raise UserError(f"another run is making {output.path}: wait for it, or name another output") from error
+            except OSError:  # a file system without locks
+                pass
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+
+    def _begin(self, folder: Path) -> None:
+        Work(folder).clear()
+        folder.mkdir(parents=True)
+        (folder / JOB).write_text(json.dumps(self.values, indent=2) + "\n", "utf-8")
+
     def _claim(self, folder: Path) -> None:
         try:
             before = json.loads((folder / JOB).read_text("utf-8"))
         except (OSError, ValueError):  # none, or killed while it was being written: nothing had begun
-            Work(folder).clear()
-            folder.mkdir(parents=True)
-            (folder / JOB).write_text(json.dumps(self.values, indent=2) + "\n", "utf-8")
-            return
+            return self._begin(folder)
         now = json.loads(json.dumps(self.values))
         changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-        if changed:
+        if changed and not any(folder.rglob("*.safetensors")):  # it failed before there was anything to go on from
+            self._begin(folder)
+        elif changed:
             differences = ", ".join(f"{name} was {before.get(name)}, is now {now.get(name)}" for name in changed)
             raise UserError(
                 f"an interrupted run waits in {folder}, but {differences}: run its command again to go on, or give --restart"

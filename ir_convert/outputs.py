@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checkpoint import COPIED, Checkpoint, shards_of
+from .checkpoint import COPIED, INDEX, SINGLE, Checkpoint, shards_of
 from .errors import UserError
 
 FOREIGN = {
@@ -42,6 +42,7 @@ class Output:
     @classmethod
     def parse(cls, path: Path, target: str = "hf") -> "Output":
         """Tells the kind from the name: ``*.onnx``, ``*.safetensors``, else a folder, whose kind is ``target``."""
+        path = path.expanduser()  # which no shell does in --out=~/NAME
         suffix = path.suffix.lower()
         if suffix in FOREIGN or path.name.lower() in (".onnx", ".safetensors"):
             raise UserError(f"output '{path}' is of no known kind: name a .onnx file, a .safetensors file or a folder")
@@ -152,12 +153,24 @@ def check_outputs(
                 raise UserError(
                     f"outputs '{other}' and '{output.path}' would both write {file}: name different folders"
                 )
+            if (
+                file.exists()
+                and output.kind == "onnx"
+                and any((file.parent / name).exists() for name in (SINGLE, INDEX))
+            ):
+                raise UserError(
+                    f"{file.parent} holds another model, whose {file.name} would be lost: name another folder"
+                )
             if file.exists() and not overwrite:
                 own = "" if file == output.path else f"; {output.path.name} wants a folder that no other model is in"
                 raise UserError(f"{file} exists: name another output, or give --overwrite{own}")
         if output.is_folder and output.path.exists() and not _replaceable(output):
             kind = "a checkpoint that ir-convert wrote" if output.kind == "hf" else "a Triton model of version 1 alone"
             raise UserError(f"{output.path} is not {kind}; it is not overwritten: name another output")
+        if output.is_folder and output.path.exists() and (others := _others(output)):
+            raise UserError(
+                f"{output.path} also holds '{others[0]}', which would be lost: move it away, or name another output"
+            )
     _check_space(outputs, bytes_needed)
 
 
@@ -169,6 +182,13 @@ def _replaceable(output: Output) -> bool:
     if output.kind == "hf":
         return not names or {"config.json", output.routing_file.name} <= names
     return names in (set(), {"config.pbtxt", "1"})  # another version is not ours to remove
+
+
+def _others(output: Output) -> list[str]:
+    """Returns what lies in a checkpoint's folder and cannot be of ours: hidden files, and folders."""
+    entries = output.path.iterdir() if output.kind == "hf" else ()
+    names = (path.name for path in entries if path.is_dir() or path.name.startswith("."))
+    return sorted(name for name in names if name != "__pycache__")
 
 
 def _let_others_read(folder: Path) -> None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ir_convert import checkpoint as module
 from ir_convert.checkpoint import Checkpoint
+from ir_convert.decoder import Decoder
 from ir_convert.errors import UserError
 
 
@@ -140,6 +141,45 @@ def lose_a_tensor(folder):
     edit(index, weight_map=weight_map)
 
 
+def change_tensor(folder, name, change):
+    shard = folder / json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][name]
+    tensors = load_file(shard)
+    save_file(tensors | {name: change(tensors[name]).contiguous()}, shard)
+
+
+def narrow_keys(folder):
+    change_tensor(folder, "model.layers.1.self_attn.k_proj.weight", lambda tensor: tensor[:-1])
+
+
+def store_integers(folder):
+    change_tensor(folder, "model.layers.1.mlp.down_proj.weight", lambda tensor: tensor.to(torch.int8))
+
+
+def store_float8(folder):
+    change_tensor(folder, "model.embed_tokens.weight", lambda tensor: tensor.to(torch.float8_e4m3fn))
+
+
+def routed_already(folder):
+    edit(folder / "config.json", model_type="ir_llama", routing_threshold=0.5, auto_map={"AutoConfig": "a.B"})
+
+
+def keep_the_adapter(folder):
+    (folder / "config.json").unlink()
+    (folder / "adapter_config.json").write_text("{}")
+
+
+def list_as_index(folder):
+    (folder / "model.safetensors.index.json").write_text("[]")
+
+
+def numbers_as_files(folder):
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}')
+
+
+def null_index(folder):
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": null}')
+
+
 def remove_weights(folder):
     for path in folder.glob("*.safetensors*"):
         path.unlink()
@@ -161,6 +201,14 @@ def remove_weights(folder):
         (other_vocabulary, r"embed_tokens.weight' is \[131, 48\]; config.json says \[7, 48\]"),
         (one_layer_less, r"has a tensor 'model.layers.[1-9].*config.json says that there are 1 layers"),
         (lose_a_tensor, r"lacks 'model.layers.0.mlp.up_proj.weight', which other layers have"),
+        (narrow_keys, r"layers.1.self_attn.k_proj.weight' is \[\d+, 48\], 'model.layers.\d.self_attn.k_proj.weight' "),
+        (store_integers, "layers.1.mlp.down_proj.weight' is I8, not floats: convert the model that it was made from"),
+        (store_float8, "embed_tokens.weight' is F8_E4M3, not floats"),
+        (routed_already, "was written by ir-convert: it is routed already; convert its base model"),
+        (keep_the_adapter, "not a Hugging Face model folder, but an adapter: merge it into its base model"),
+        (list_as_index, "index.json is damaged.*download it again"),
+        (numbers_as_files, "index.json is damaged.*download it again"),
+        (null_index, "index.json is damaged.*download it again"),
         (no_object, "config.json cannot be read"),
         (impossible_heads, "config.json cannot be read"),
     ],
@@ -208,3 +256,20 @@ def test_what_is_downloaded(monkeypatch, folder):
     names = ["model-00001-of-00002.safetensors", "config.json", "tokenizer.model", "chat_template.jinja", "merges.txt"]
     others = ["consolidated.safetensors", "original/params.json", "onnx/model.safetensors", "modeling.py", "model.bin"]
     assert list(filter_repo_objects(names + others, **asked)) == names
+
+
+def test_tensors_that_the_configuration_does_not_know(folder):
+    for layer in range(Checkpoint.open(str(folder)).config.num_hidden_layers):
+        name = f"model.layers.{layer}.mlp.down_proj.weight"
+        shard = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][name]
+        save_file(load_file(folder / shard) | {name.replace("weight", "bias"): torch.zeros(48)}, folder / shard)
+        index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+        edit(folder / "model.safetensors.index.json", weight_map=index | {name.replace("weight", "bias"): shard})
+    with pytest.raises(UserError, match=r"layer 0 of .* is not as config.json says: .*mlp.down_proj.bias") as caught:
+        Decoder(Checkpoint.open(str(folder)), torch.device("cpu")).layer(0)
+    assert "\n" not in str(caught.value)
+
+
+def test_home_is_expanded(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert Checkpoint.open(f"~/{folder.name}").path == folder

@@ -126,6 +126,34 @@ def test_changed_option_is_refused_by_name(model, tmp_path, run):  # noqa: F811
     assert Routing.load(out).metadata["rank"] == 5
 
 
+def test_a_run_keeps_others_away(model, tmp_path, run):  # noqa: F811
+    out, lock = tmp_path / "r.safetensors", tmp_path / ".r.safetensors.work.lock"
+    process = subprocess.Popen(command(model, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / ".r.safetensors.work" / "forward.1.safetensors").exists():
+        time.sleep(0.001)
+    process.send_signal(signal.SIGSTOP)
+    try:
+        for more in ((), ("--restart",), ("--rank", 5)):
+            code, _, err = run(model, *OPTIONS, "--out", out, *more)
+            assert code == 2
+            assert f"another run is making {out}" in err
+            assert err.count("\n") == 1
+    finally:
+        process.send_signal(signal.SIGCONT)
+    assert process.wait() == 0
+    assert out.exists()
+    assert not lock.exists()
+
+
+def test_what_failed_at_once_is_in_nobodys_way(model, tmp_path, run):  # noqa: F811
+    out = tmp_path / "r.safetensors"
+    (tmp_path / ".r.safetensors.work").mkdir()
+    (tmp_path / ".r.safetensors.work" / "job.json").write_text('{"model": "another"}')
+    code, _, err = run(model, *OPTIONS, "--out", out)
+    assert code == 0, err
+    assert out.exists()
+
+
 def test_goes_on_after_a_device_had_no_memory_left(model, tmp_path, run, monkeypatch):  # noqa: F811
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")

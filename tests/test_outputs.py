@@ -74,6 +74,23 @@ def test_existing_folder(checkpoint, tmp_path):
             check(checkpoint, folder, overwrite=True)
     (folder / "routing.safetensors").write_text("")
     check(checkpoint, folder, overwrite=True)
+    for name in (".git", "eval"):  # the user's own
+        (folder / name).mkdir()
+        with pytest.raises(UserError, match=f"also holds '{name}', which would be lost"):
+            check(checkpoint, folder, overwrite=True)
+        (folder / name).rmdir()
+
+
+def test_another_models_configuration_is_not_lost(checkpoint, tmp_path):
+    shutil.copytree(checkpoint.path, tmp_path / "other")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match=r"holds another model, whose config\.json would be lost"):
+            check(checkpoint, tmp_path / "other" / "m.onnx", overwrite=overwrite)
+
+
+def test_home_is_expanded(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Output.parse(Path("~/m.onnx")).path == tmp_path / "m.onnx"
 
 
 @pytest.mark.parametrize("place", [".", "..", "inside/.."])

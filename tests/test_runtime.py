@@ -21,6 +21,7 @@ from ir_convert.families import UNITS
 from ir_convert.flops import Budget
 from ir_convert.routing import Curve
 from ir_convert.runtime import OnnxModel
+from ir_convert.runtime import model as runtime_model
 from ir_convert.runtime.loading import inspect, warn_if_slow
 
 NO_END: tuple[int, ...] = ()
@@ -198,6 +199,9 @@ def test_errors_say_what_to_do(base, model, tmp_path, prompt):
         for shape in ((1, 3), (1, 14), (2, 9), (9,)):
             with pytest.raises(UserError, match=rf"attention_mask \{list(shape)} is not \[1, 9\]: give 0 or 1"):
                 run(prompt, np.ones(shape))
+        for value in (2, 0.5, -1):
+            with pytest.raises(UserError, match="attention_mask holds values other than 0 and 1"):
+                run(prompt, np.full((1, 9), value))
         with pytest.raises(UserError, match="input_ids hold 131, the model has 0 to 130"):
             run([[5, 131]])
     with pytest.raises(UserError, match=r"position_ids \[1, 3\] are not \[1, 9\]: give one for every new token"):
@@ -256,6 +260,27 @@ def test_a_cache_must_be_that_of_the_same_texts(model, prompt):
         model.forward(prompt[:, 8:], past=past[1:])
     logits, _ = model.forward(prompt[:, 8:], np.ones((1, 9)), np.array([[8]]), past)
     np.testing.assert_allclose(logits[:, 0], model.logits(prompt)[:, -1], atol=1e-4)
+
+
+def test_what_is_yielded_is_the_callers(model, prompt):
+    expected = generate(model, prompt, tokens=8)
+    found = []
+    for token in model.generate(prompt, max_new_tokens=8, eos_ids=NO_END):
+        found.append(token.copy())
+        token += 1
+    assert (np.stack(found, axis=1) == expected).all()
+
+
+def test_a_provider_that_does_not_start(base, monkeypatch):
+    """ONNX Runtime goes on without it, on the CPU, where other kernels and precisions are right."""
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    both = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    with pytest.raises(UserError, match=r"CUDAExecutionProvider does not start here.*providers=\['CPUExec"):
+        OnnxModel.load(base[1], both, library=False)
+    monkeypatch.setattr(runtime_model, "default_providers", lambda: both)
+    with pytest.warns(UserWarning, match="does not start here.*the model runs on the CPU"):
+        model = OnnxModel.load(base[1])
+    assert model.session.get_providers() == ["CPUExecutionProvider"]
 
 
 def test_one_end_token(model, prompt):

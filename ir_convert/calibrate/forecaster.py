@@ -68,9 +68,12 @@ class Moments:
         mean_h, mean_y = self.h / self.n, self.y / self.n
         sxx = self.hh / self.n - torch.outer(mean_h, mean_h)
         sxy = self.hy / self.n - torch.outer(mean_h, mean_y)
-        # An activation that never varies has variance 0; the floor keeps the factorisation defined.
+        # An activation that never varies has variance 0: the floor keeps the factorisation defined.
         shift = ridge * sxx.diagonal().mean().clamp(min=1e-12)
-        factor = torch.linalg.cholesky(sxx + shift * torch.eye(len(sxx), dtype=sxx.dtype, device=sxx.device))
+        factor, failed = torch.linalg.cholesky_ex(sxx + shift * torch.eye(len(sxx), dtype=sxx.dtype, device=sxx.device))
+        if failed:  # rounding made variances of about 0 negative
+            shift -= 2 * torch.linalg.eigvalsh(sxx)[0]
+            factor = torch.linalg.cholesky(sxx + shift * torch.eye(len(sxx), dtype=sxx.dtype, device=sxx.device))
         return torch.cholesky_solve(sxy, factor), sxx, sxy
 
     def fit(self, rank: int) -> tuple[Forecaster, Tensor]:

@@ -29,14 +29,17 @@ def tokens_of(input_ids: ArrayLike, vocabulary: int) -> NDArray:
 
 
 def mask_of(attention_mask: ArrayLike | None, batch: int, total: int) -> NDArray:
-    """Returns an attention mask ``[B, T]`` as int64, all ones by default; raises UserError where it has another shape."""
+    """Returns an attention mask ``[B, T]`` as int64, all ones by default; raises UserError where it has another shape, or other values."""
     if attention_mask is None:
         return np.ones((batch, total), np.int64)
     if (shape := list(np.shape(attention_mask))) != [batch, total]:
         raise UserError(
             f"attention_mask {shape} is not [{batch}, {total}]: give 0 or 1 for every token, cached ones before new ones"
         )
-    return np.asarray(attention_mask, np.int64)
+    mask = np.asarray(attention_mask)
+    if not ((mask == 0) | (mask == 1)).all():
+        raise UserError("attention_mask holds values other than 0 and 1: give 1 for every token that is no padding")
+    return mask.astype(np.int64)
 
 
 def require_cache(past: Sequence[NDArray], inputs: Sequence[ort.NodeArg], batch: int) -> None:

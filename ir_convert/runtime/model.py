@@ -1,6 +1,7 @@
 """A routed model in an ONNX Runtime session."""
 
 import math
+import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -90,14 +91,20 @@ class OnnxModel:
             raise UserError(f"onnxruntime has no provider '{unknown[0]}' here, but: {known}")
         if model_says.dtype == "bfloat16" and wanted == ["CPUExecutionProvider"]:
             raise UserError(f"{path} is bfloat16, which ONNX Runtime runs on GPUs alone: convert with --dtype float32")
-        library = choose_library(library, model_says, wanted)
-        warn_if_slow(model_says, wanted, library)
+        asked, library = library, choose_library(library, model_says, wanted)
         options = options or ort.SessionOptions()
         if options.log_severity_level < 0:  # untouched; the optional input would draw a warning from every load
             options.log_severity_level = _ERRORS_ONLY
         if threads is not None:
             options.intra_op_num_threads = threads
         session = open_session(path, options, wanted, library)
+        if wanted[0] not in session.get_providers():  # ONNX Runtime prints why, and goes on without it
+            said = f"{wanted[0]} does not start here, for want of what ONNX Runtime has just named"
+            if providers is not None:
+                raise UserError(f"{said}: install that, or give providers=['CPUExecutionProvider']")
+            warnings.warn(f"{said}: the model runs on the CPU", stacklevel=2)
+            return cls.load(path, ["CPUExecutionProvider"], threads, sparsity, threshold, None, asked)
+        warn_if_slow(model_says, wanted, library)
         metadata = model_says.metadata
         model = cls(path, session, metadata, float(metadata["threshold"]), library=library)
         if sparsity is not None:
@@ -271,7 +278,7 @@ class OnnxModel:
             self._observe(outputs, feed)
             choice = choose(outputs["logits"][:, -1].astype(np.float32), temperature, top_k, top_p, generator)
             tokens = np.where(ended, tokens[:, -1], choice)[:, None]
-            yield tokens[:, 0]
+            yield tokens[:, 0].copy()  # the caller's own
             ended |= np.isin(tokens[:, 0], ends)
             if ended.all():
                 return

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -84,10 +85,13 @@ class Work:
 
     def load(self, step: str) -> Result | None:
         """Returns what a step gave, or None if it is not done."""
-        if not self.folder or not self._team.agree((file := self.folder / f"{step}.safetensors").is_file()):
+        if not self.folder:
+            return None
+        result = _read(self.folder / f"{step}.safetensors")
+        if not self._team.agree(result is not None):
             return None
         self.resumed += 1
-        return load_file(file)
+        return result
 
     def save(self, step: str, result: Result) -> None:
         """Records a step as done; on return all processes have, and what only that step needed may go."""
@@ -112,3 +116,11 @@ class Work:
         """Removes the folder: the work has become a result."""
         if self.folder:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _read(file: Path) -> Result | None:
+    """Returns a finished step; None where it is not there, or a failing disk has left no more than a part of it."""
+    try:
+        return load_file(file) if file.is_file() else None
+    except SafetensorError:
+        return None

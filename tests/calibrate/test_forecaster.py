@@ -216,3 +216,14 @@ def test_same_seed_same_training(short):
     h, y = nonlinear(2)
     first, second = (train(h[:1000], y[:1000], 3, 20)[1] for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(vars(first).values(), vars(second).values(), strict=True))
+
+
+def test_a_unit_that_adds_nothing():
+    """Block expansion zeroes units' last projections: the forecast is zero then, its code constant but for rounding."""
+    h, _ = tokens(400, 16, seed=0)
+    zero = torch.zeros_like(h)
+    forecaster, _ = fit(h, zero, rank=4)
+    assert float(forecaster(h).abs().max()) < 1e-6
+    for constant in (torch.full_like(h, 0.1), torch.full_like(h, 1e3)):
+        w, _, _ = moments(constant, zero).solve(ridge=1e-5)
+        assert w.isfinite().all()

@@ -142,3 +142,12 @@ def test_saving_waits_for_the_other_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(Team, "wait", lambda team: seen.append((tmp_path / "a.safetensors").is_file()))
     Work(tmp_path).save("a", RESULT)
     assert seen == [True]
+
+
+def test_a_damaged_step_is_done_again(tmp_path):
+    work = Work(tmp_path)
+    work.save("forward.1", RESULT)
+    (tmp_path / "forward.1.safetensors").write_bytes(b"")
+    assert work.load("forward.1") is None
+    assert same(work.once("forward.1", lambda: RESULT), RESULT)
+    assert same(work.load("forward.1"), RESULT)
