@@ -168,6 +168,8 @@ def main() -> None:
     except click.exceptions.Exit as done:
         sys.exit(done.exit_code)
     except click.exceptions.Abort:
+        if command is convert:
+            click.echo("ir-convert: interrupted; the same command goes on where it stopped", err=True)
         sys.exit(130)
     except click.ClickException as error:
         _fail(error.format_message())

@@ -147,6 +147,11 @@ def convert(
     writing.check_dtype()
     # Those that exist may turn out to be this very job's, so they wait.
     writing.only([output for output in outputs if not output.routing_file.is_file()]).check(checkpoint)
+    positions = getattr(checkpoint.config, "max_position_embeddings", None)
+    if positions and block_size > positions:
+        report.note(
+            f"{checkpoint.name} knows {positions} positions, blocks have {block_size}: give --block-size {positions}."
+        )
     sources = [Source.parse(text) for text in calibration]
     blocks = read_blocks(sources, checkpoint.tokenizer, tokens, block_size, text_field)
     job = Job(

@@ -43,7 +43,9 @@ def test_changed_method_is_refused_by_name(model, tmp_path, run, monkeypatch):  
     out, work = tmp_path / "r.safetensors", tmp_path / ".r.safetensors.work"
     with monkeypatch.context() as patch:
         patch.setattr(local, "run_backward", interrupted)
-        assert run(model, *OPTIONS, "--calibrate-quantised", "--out", out)[0] == 130
+        code, _, err = run(model, *OPTIONS, "--calibrate-quantised", "--out", out)
+        assert code == 130
+        assert "interrupted; the same command goes on where it stopped" in err
     assert (work / "forward.1.safetensors").is_file()
     code, _, err = run(model, *OPTIONS, "--calibrate-quantised", "--int4-method", "k_quant", "--out", out)
     assert (code, err.count("\n")) == (2, 1)

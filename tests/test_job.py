@@ -197,6 +197,18 @@ def test_little_room_is_said_before(model, tmp_path, run, monkeypatch):  # noqa:
     assert f"{tmp_path} has 0.0 GB free: that may be too little." in err
 
 
+def test_blocks_longer_than_the_model_knows_are_said(model, tmp_path, run):  # noqa: F811
+    for length, said in ((32, True), (64, False)):
+        shutil.copytree(model, short := tmp_path / str(length))
+        config = json.loads((short / "config.json").read_text()) | {"max_position_embeddings": length}
+        (short / "config.json").write_text(json.dumps(config))
+        code, _, err = run(short, *OPTIONS, "--out", tmp_path / f"{length}.safetensors")
+        assert code == 0, err
+        assert (
+            f"knows {length} positions, blocks have 64: give --block-size {length}." in err.replace("\n", " ")
+        ) == said
+
+
 def test_gradient_checkpointing_may_be_added_on_the_way(model, tmp_path, run, monkeypatch):  # noqa: F811
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
