@@ -135,9 +135,12 @@ def convert(model: str, out: tuple[Path, ...], units: str, **options: object) ->
     kinds = [unit.strip() for unit in units.split(",") if unit.strip()]
     conversion = pipeline(model, out, units=kinds, report=Bars(console), **options)  # type: ignore[arg-type]
     if conversion.sizes:
-        Console().print(summary(conversion))
-        for line in written(conversion):
-            click.echo(line)
+        try:
+            Console().print(summary(conversion))
+            for line in written(conversion):
+                click.echo(line)
+        except (OSError, UnicodeError) as error:  # a full disk, a terminal of ASCII
+            click.echo(f"ir-convert: all is written, but cannot be shown: {error}", err=True)
     Team().disband()
 
 
@@ -152,6 +155,7 @@ def generate(artifact: Path, prompt: str, **options: object) -> None:
     """Continue PROMPT with ARTIFACT, an .onnx file or a checkpoint folder that ir-convert wrote."""
     from .generate import generate as stream
 
+    prompt = prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # a terminal may send other bytes
     pieces = stream(artifact, prompt, **options)  # type: ignore[arg-type]
     click.echo(prompt, nl=False)
     for text in pieces:

@@ -147,11 +147,6 @@ def convert(
     writing.check_dtype()
     # Those that exist may turn out to be this very job's, so they wait.
     writing.only([output for output in outputs if not output.routing_file.is_file()]).check(checkpoint)
-    positions = getattr(checkpoint.config, "max_position_embeddings", None)
-    if positions and block_size > positions:
-        report.note(
-            f"{checkpoint.name} knows {positions} positions, blocks have {block_size}: give --block-size {positions}."
-        )
     sources = [Source.parse(text) for text in calibration]
     blocks = read_blocks(sources, checkpoint.tokenizer, tokens, block_size, text_field)
     job = Job(
@@ -216,6 +211,11 @@ def _calibrate(
     else:
         if work.begun:
             report.note(f"Going on with the interrupted run in {work.folder}.")
+        positions, length = getattr(checkpoint.config, "max_position_embeddings", None), blocks.fit.shape[1]
+        if positions and length > positions:
+            report.note(
+                f"{checkpoint.name} knows {positions} positions, blocks have {length}: give --block-size {positions}."
+            )
         expected = estimate(checkpoint, blocks, options, device, team.size)
         report.note(expected.sentence())
         if work.folder and not work.begun and (free := disk_usage(work.folder).free) < expected.disk * team.size:

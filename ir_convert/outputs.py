@@ -9,6 +9,7 @@ from pathlib import Path
 from .checkpoint import COPIED, INDEX, SINGLE, Checkpoint, shards_of
 from .errors import UserError
 
+LONGEST = 200  # of a name: most file systems have 255 bytes, and what lies beside an output has its name and more
 FOREIGN = {
     ".gguf",
     ".bin",
@@ -43,6 +44,8 @@ class Output:
     def parse(cls, path: Path, target: str = "hf") -> "Output":
         """Tells the kind from the name: ``*.onnx``, ``*.safetensors``, else a folder, whose kind is ``target``."""
         path = path.expanduser()  # which no shell does in --out=~/NAME
+        if len(os.fsencode(path.name)) > LONGEST:
+            raise UserError(f"output name '{path.name[:20]}...' is longer than {LONGEST} bytes: shorten it")
         suffix = path.suffix.lower()
         if suffix in FOREIGN or path.name.lower() in (".onnx", ".safetensors"):
             raise UserError(f"output '{path}' is of no known kind: name a .onnx file, a .safetensors file or a folder")

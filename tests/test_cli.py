@@ -1,13 +1,15 @@
 """The command line: what it prints, and one clear line with exit code 2 for everything a user can put right."""
 
+import errno
 import json
 import subprocess
 import sys
 
 import pytest
 from models import save_random
+from trained import TINY
 
-from ir_convert import cli
+from ir_convert import cli, report
 from ir_convert.checkpoint import Checkpoint
 from ir_convert.outputs import Output
 from ir_convert.routing import Routing
@@ -212,6 +214,24 @@ def test_generate(artifact, run, converted):
         for seed in (0, 0, 1)
     ]
     assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_generate_from_bytes_that_are_no_text(run, converted):
+    for artifact in ("ir-tiny", "onnx/ir-tiny.onnx"):
+        code, _, err = run("generate", converted.folder / artifact, "def \udce4", "--max-new-tokens", 2)
+        assert code == 0, err
+
+
+def test_what_cannot_be_shown_is_written(run, converted, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(report, "summary", full)
+    out = tmp_path / "r.safetensors"
+    code, _, err = run(TINY, "--routing", converted.folder / "ir-tiny" / "routing.safetensors", "--out", out)
+    assert code == 0
+    assert "all is written, but cannot be shown: [Errno 28] No space left on device" in err
+    assert out.exists()
 
 
 def test_generate_out_of_reach(run, converted):

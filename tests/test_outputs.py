@@ -88,6 +88,12 @@ def test_another_models_configuration_is_not_lost(checkpoint, tmp_path):
             check(checkpoint, tmp_path / "other" / "m.onnx", overwrite=overwrite)
 
 
+@pytest.mark.parametrize("name", ["x" * 201, "ä" * 101 + ".onnx"])
+def test_long_name(name):
+    with pytest.raises(UserError, match="is longer than 200 bytes"):
+        Output.parse(Path(name))
+
+
 def test_home_is_expanded(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert Output.parse(Path("~/m.onnx")).path == tmp_path / "m.onnx"

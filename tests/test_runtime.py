@@ -154,6 +154,14 @@ def test_holds_a_sparsity_that_the_curve_misses(tmp_path, kv_cache):
     with pytest.raises(UserError, match="out of reach"), model.hold_sparsity(0.61):
         pass
 
+    with model.hold_sparsity(0.4) as control:
+        model.set_sparsity(0)
+        assert [run() <= 0 for _ in range(3)] == [True] * 3
+        model.set_sparsity(0.2)
+        saved = [run() for _ in range(20)]
+        assert control.sparsity == 0.2
+    assert abs(np.mean(saved[-8:]) - 0.2) < 0.03
+
     with model.hold_sparsity(0.4, gain=1.0):  # 256 real tokens in single steps move it once, and padding never does
         first = model.threshold
         for _ in range(255):
@@ -204,6 +212,8 @@ def test_errors_say_what_to_do(base, model, tmp_path, prompt):
                 run(prompt, np.full((1, 9), value))
         with pytest.raises(UserError, match="input_ids hold 131, the model has 0 to 130"):
             run([[5, 131]])
+    with pytest.raises(UserError, match=r"input_ids \[2, 0\] hold no token"):
+        model.logits(np.zeros((2, 0)))
     with pytest.raises(UserError, match=r"position_ids \[1, 3\] are not \[1, 9\]: give one for every new token"):
         model.logits(prompt, position_ids=np.arange(3)[None])
     with pytest.raises(UserError, match="max_new_tokens -3 is negative"):

@@ -138,6 +138,8 @@ class OnnxModel:
     def set_sparsity(self, sparsity: float) -> None:
         """Sets the share of FLOPs to save; 0 is the dense model. Raises UserError where that is out of reach."""
         self.threshold = self.curve.at(sparsity)
+        if self._control is not None:  # what is held from now on
+            self._control.start(sparsity, self.threshold)
 
     @contextmanager
     def hold_sparsity(self, sparsity: float, **gain: float) -> Iterator["SparsityControl"]:
@@ -198,6 +200,8 @@ class OnnxModel:
             raise UserError(f"keys and values of {self.path} are bfloat16, which numpy has not: use generate()")
         input_ids = tokens_of(input_ids, self._vocabulary)
         batch, length = input_ids.shape
+        if not length:
+            raise UserError(f"input_ids {list(input_ids.shape)} hold no token: give at least one of every text")
         past = past or self._empty_cache(batch)
         require_cache(past, self._past_inputs, batch)
         require_positions(position_ids, input_ids.shape)
