@@ -272,7 +272,8 @@ def shards_of(path: Path) -> dict[str, str]:
             raise UserError(f"{path / SINGLE} is damaged: {one_line(error)}; download it again") from error
     if (path / INDEX).is_file():
         try:
-            shards = {str(name): os.fspath(file) for name, file in _weight_map(path).items()}
+            index = json.loads((path / INDEX).read_text("utf-8"))
+            shards = {name: os.fspath(file) for name, file in index["weight_map"].items()}  # names, or TypeError
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path / INDEX} is damaged: {one_line(error)}; download it again") from error
         for shard in set(shards.values()):
@@ -285,10 +286,6 @@ def shards_of(path: Path) -> dict[str, str]:
         f"{path} has no '{SINGLE}' or '{INDEX}'; other weight formats are not read "
         "(save_pretrained of a recent transformers writes safetensors)"
     )
-
-
-def _weight_map(path: Path) -> dict[str, str]:
-    return json.loads((path / INDEX).read_text("utf-8"))["weight_map"]
 
 
 def _why_no_config(path: Path, error: Exception) -> str:
