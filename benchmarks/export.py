@@ -9,7 +9,6 @@ runs in a process of its own. Memory is what it allocated at its peak, beyond wh
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import shutil
@@ -26,7 +25,7 @@ import onnx
 import onnxruntime as ort
 import torch
 from from_source import ROOT
-from quality_setting import command_line
+from quality_setting import command_line, save
 from scale import SHAPES, parameters, resident, write_model
 
 from ir_convert.calibrate.options import default_rank, default_router_width
@@ -146,7 +145,7 @@ def main() -> None:
             f"{row['memory'] / 2**30:.2f} GiB of memory, {(row['memory'] - row['largest_tensor']) / 2**30:+.2f} beyond the largest tensor"
         )
     result = {"command": command_line(), "parameters": count, "cold_cache": cold, "rounds": args.rounds, "rows": rows}
-    args.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    save(args.json, result)
 
 
 def one_round(model: Path, folder: Path, kinds: list[str]) -> list[dict[str, Any]]:

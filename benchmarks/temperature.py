@@ -8,7 +8,6 @@ both at exactly the asked share of FLOPs.
 """
 
 import argparse
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from quality_measure import Routed, saved_on, seek
 from quality_methods import END_TO_END, options_of, thresholded
-from quality_setting import BLOCK, command_line, describe, parse_texts, read_text
+from quality_setting import BLOCK, command_line, describe, parse_texts, read_text, save
 from torch.nn import functional as F
 
 from ir_convert.calibrate.recipes import fit, polish
@@ -98,7 +97,7 @@ def main() -> None:
             )
     if args.json:
         config = describe(checkpoint, paths, texts, blocks, args.device) | {"command": command_line()}
-        args.json.write_text(json.dumps({"config": config, "rows": rows}, indent=1) + "\n", "utf-8")
+        save(args.json, {"config": config, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -288,6 +288,8 @@ def test_a_provider_that_does_not_start(base, monkeypatch):
     with pytest.raises(UserError, match=r"CUDAExecutionProvider does not start here.*providers=\['CPUExec"):
         OnnxModel.load(base[1], both, library=False)
     monkeypatch.setattr(runtime_model, "default_providers", lambda: both)
+    with pytest.raises(UserError, match="does not start here"):  # in whose options kernels for it may be by now
+        OnnxModel.load(base[1], options=ort.SessionOptions())
     with pytest.warns(UserWarning, match="does not start here.*the model runs on the CPU"):
         model = OnnxModel.load(base[1])
     assert model.session.get_providers() == ["CPUExecutionProvider"]

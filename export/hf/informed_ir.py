@@ -56,6 +56,12 @@ class RoutingStatistics:
             count.tokens = count.executed = count.routed = 0
 
 
+def require_no_scores_of_experts(asked: bool) -> None:
+    """Raises ValueError where they are asked for: approximated tokens have none."""
+    if asked:
+        raise ValueError("output_router_logits is not supported: approximated tokens have no scores of experts")
+
+
 class InformedRouting:
     """Mixed in before a family's causal language model."""
 
@@ -72,8 +78,8 @@ class InformedRouting:
     _can_compile_fullgraph = False
 
     def __init__(self, config: Any) -> None:
+        require_no_scores_of_experts(getattr(config, "output_router_logits", False))
         super().__init__(config)  # type: ignore[call-arg]
-        self.require_no_scores_of_experts()
         for index, layer in enumerate(self.model.layers):
             for module, unit in UNITS.items():
                 if config.routing_shape(index, unit):
@@ -87,11 +93,6 @@ class InformedRouting:
         self._keep_in_fp32_modules_strict: Any = {"score"}
         self._keep_in_fp32_modules: Any = {"score"}  # whoever quantizes leaves out these
         self.post_init()
-
-    def require_no_scores_of_experts(self, asked: bool | None = None) -> None:
-        """Raises ValueError where a call, or else the configuration, asks for what approximated tokens have not."""
-        if getattr(self.config, "output_router_logits", False) if asked is None else asked:
-            raise ValueError("output_router_logits is not supported: approximated tokens have no scores of experts")
 
     def set_sparsity(self, sparsity: float) -> None:
         """Saves this share of the FLOPs from now on; 0 is the dense model. Kept by ``save_pretrained``.
@@ -140,7 +141,7 @@ class InformedRouting:
         with self.routing_statistics() as seen:
 
             def begin(*_: Any) -> None:
-                # Not before a call: what gradient checkpointing computes again needs the threshold of the first time.
+                # Not after a call: what gradient checkpointing computes again needs the threshold of the first time.
                 nonlocal placed
                 seen.clear()  # of calls that failed, of what was computed again, and of those that another control led
                 if self._controls[-1] is control:

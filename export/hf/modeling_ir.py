@@ -46,7 +46,7 @@ from .configuration_ir import (
 from .control_ir import (
     SparsityControl as SparsityControl,
 )  # version 4 of transformers copies just what this file imports
-from .informed_ir import InformedRouting
+from .informed_ir import InformedRouting, require_no_scores_of_experts
 from .routed_ir import PostNorm, RoutedExperts, RoutedMLP
 
 
@@ -190,7 +190,8 @@ class IRQwen3MoeForCausalLM(InformedRouting, Qwen3MoeForCausalLM):
 
     @wraps(Qwen3MoeForCausalLM.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        self.require_no_scores_of_experts(kwargs.get("output_router_logits"))
+        asked = kwargs.get("output_router_logits")
+        require_no_scores_of_experts(self.config.output_router_logits if asked is None else asked)
         return super().forward(*args, **kwargs)
 
 

@@ -70,10 +70,11 @@ class Moments:
         sxy = self.hy / self.n - torch.outer(mean_h, mean_y)
         # An activation that never varies has variance 0: the floor keeps the factorisation defined.
         shift = ridge * sxx.diagonal().mean().clamp(min=1e-12)
-        factor, failed = torch.linalg.cholesky_ex(sxx + shift * torch.eye(len(sxx), dtype=sxx.dtype, device=sxx.device))
+        identity = torch.eye(len(sxx), dtype=sxx.dtype, device=sxx.device)
+        factor, failed = torch.linalg.cholesky_ex(sxx + shift * identity)
         if failed:  # rounding made variances of about 0 negative
             shift -= 2 * torch.linalg.eigvalsh(sxx)[0]
-            factor = torch.linalg.cholesky(sxx + shift * torch.eye(len(sxx), dtype=sxx.dtype, device=sxx.device))
+            factor = torch.linalg.cholesky(sxx + shift * identity)
         return torch.cholesky_solve(sxy, factor), sxx, sxy
 
     def fit(self, rank: int) -> tuple[Forecaster, Tensor]:

@@ -29,7 +29,7 @@ def tokens_of(input_ids: ArrayLike, vocabulary: int) -> NDArray:
 
 
 def mask_of(attention_mask: ArrayLike | None, batch: int, total: int) -> NDArray:
-    """Returns an attention mask ``[B, T]`` as int64, all ones by default; raises UserError where it has another shape, or other values."""
+    """Returns an attention mask ``[B, T]`` as int64, all ones by default; raises UserError where shape or values are others."""
     if attention_mask is None:
         return np.ones((batch, total), np.int64)
     if (shape := list(np.shape(attention_mask))) != [batch, total]:

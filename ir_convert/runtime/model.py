@@ -92,7 +92,7 @@ class OnnxModel:
         if model_says.dtype == "bfloat16" and wanted == ["CPUExecutionProvider"]:
             raise UserError(f"{path} is bfloat16, which ONNX Runtime runs on GPUs alone: convert with --dtype float32")
         asked, library = library, choose_library(library, model_says, wanted)
-        options = options or ort.SessionOptions()
+        given, options = options is not None, options or ort.SessionOptions()
         if options.log_severity_level < 0:  # untouched; the optional input would draw a warning from every load
             options.log_severity_level = _ERRORS_ONLY
         if threads is not None:
@@ -100,7 +100,7 @@ class OnnxModel:
         session = open_session(path, options, wanted, library)
         if wanted[0] not in session.get_providers():  # ONNX Runtime prints why, and goes on without it
             said = f"{wanted[0]} does not start here, for want of what ONNX Runtime has just named"
-            if providers is not None:
+            if providers is not None or given:  # the caller's choice, or options that cannot serve a second load
                 raise UserError(f"{said}: install that, or give providers=['CPUExecutionProvider']")
             warnings.warn(f"{said}: the model runs on the CPU", stacklevel=2)
             return cls.load(path, ["CPUExecutionProvider"], threads, sparsity, threshold, None, asked)
