@@ -24,6 +24,7 @@ from .integrity import require_whole
 from .supported import require_supported
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+ADAPTER = "adapter_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -91,6 +92,10 @@ class Checkpoint:
         rope.read_as_version_5(config)
         experts.read_as_version_5(config)
         require_supported(config)
+        if (path / ADAPTER).is_file():  # transformers would load it, too
+            raise UserError(
+                f"{path} holds an adapter beside its model: merge them, or move {ADAPTER} away to do without it"
+            )
         checkpoint = cls(model, path, config, shards_of(path))
         require_whole(path, config, checkpoint.shards)
         if checkpoint._has_two_heads():
@@ -291,7 +296,7 @@ def shards_of(path: Path) -> dict[str, str]:
 def _why_no_config(path: Path, error: Exception) -> str:
     config = path / "config.json"
     if not config.is_file():
-        adapter = ", but an adapter: merge it into its base model" if (path / "adapter_config.json").is_file() else ""
+        adapter = ", but an adapter: merge it into its base model" if (path / ADAPTER).is_file() else ""
         return f"{path} has no config.json: not a Hugging Face model folder{adapter}"
     try:
         content = json.loads(config.read_text("utf-8"))

@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -106,7 +107,14 @@ class Job:
         if changed and not any(folder.rglob("*.safetensors")):  # it failed before there was anything to go on from
             self._begin(folder)
         elif changed:
-            differences = ", ".join(f"{name} was {before.get(name)}, is now {now.get(name)}" for name in changed)
+            differences = ", ".join(_difference(name, before.get(name), now.get(name)) for name in changed)
             raise UserError(
                 f"an interrupted run waits in {folder}, but {differences}: run its command again to go on, or give --restart"
             )
+
+
+def _difference(name: str, before: Any, now: Any) -> str:
+    """Says what became of a value; a digest tells nobody anything."""
+    if isinstance(now, str) and re.fullmatch("[0-9a-f]{64}", now):
+        return f"{name} is not what it was"
+    return f"{name} was {before}, is now {now}"

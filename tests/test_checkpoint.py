@@ -168,6 +168,10 @@ def keep_the_adapter(folder):
     (folder / "adapter_config.json").write_text("{}")
 
 
+def add_an_adapter(folder):
+    (folder / "adapter_config.json").write_text("{}")
+
+
 def list_as_index(folder):
     (folder / "model.safetensors.index.json").write_text("[]")
 
@@ -206,6 +210,7 @@ def remove_weights(folder):
         (store_float8, "embed_tokens.weight' is F8_E4M3, not floats"),
         (routed_already, "was written by ir-convert: it is routed already; convert its base model"),
         (keep_the_adapter, "not a Hugging Face model folder, but an adapter: merge it into its base model"),
+        (add_an_adapter, "holds an adapter beside its model: merge them"),
         (list_as_index, "index.json is damaged.*download it again"),
         (numbers_as_files, "index.json is damaged.*download it again"),
         (null_index, "index.json is damaged.*download it again"),

@@ -121,6 +121,9 @@ def test_changed_option_is_refused_by_name(model, tmp_path, run):  # noqa: F811
     assert "--restart" in err
     assert err.count("\n") == 1
     assert sorted(file.name for file in work.iterdir()) == before
+    code, _, err = run(model, *OPTIONS, "--tokens", 2560, "--out", out)
+    assert code == 2
+    assert "--tokens was 3072, is now 2560, --calibration text is not what it was: run its command again" in err
     code, _, err = run(model, *OPTIONS, "--rank", 5, "--out", out, "--restart")
     assert code == 0, err
     assert Routing.load(out).metadata["rank"] == 5
@@ -239,7 +242,7 @@ def test_configuration_is_part_of_the_job(model, tmp_path, run):  # noqa: F811
     (base / "config.json").write_text(json.dumps(json.loads(original) | {"rope_theta": 500.0}), "utf-8")
     code, _, err = run(base, *OPTIONS, "--out", out)
     assert code == 2
-    assert "config.json was" in err
+    assert "config.json is not what it was" in err
     (base / "config.json").write_text(original, "utf-8")
     assert run(base, *OPTIONS, "--out", out)[0] == 0
     assert "Already done" in run(base, *OPTIONS, "--out", out)[2]

@@ -153,6 +153,8 @@ def test_holds_a_sparsity_that_the_curve_misses(tmp_path, kv_cache):
     assert model.threshold == 0.5
     with pytest.raises(UserError, match="out of reach"), model.hold_sparsity(0.61):
         pass
+    with pytest.raises(ValueError, match="gain 0 does not lead"), model.hold_sparsity(0.4, gain=0):
+        pass
 
     with model.hold_sparsity(0.4) as control:
         model.set_sparsity(0)

@@ -1,5 +1,7 @@
 """Holds a sparsity on drifting text. This file travels with the checkpoint, see modeling_ir.py; ONNX models use it too."""
 
+import math
+
 GAIN = 2.0  # thresholds are logs: this closes most of a gap in a window or two, and does not swing
 WINDOW = 256
 
@@ -12,9 +14,14 @@ class SparsityControl:
     Attributes:
         sparsity: the share of FLOPs to save.
         threshold: where the threshold stands.
+
+    Raises:
+        ValueError: a gain that is not positive.
     """
 
     def __init__(self, sparsity: float, threshold: float, gain: float = GAIN) -> None:
+        if not 0 < gain < math.inf:
+            raise ValueError(f"gain {gain:g} does not lead anywhere: give a positive number, such as {GAIN:g}")
         self.gain = gain
         self.start(sparsity, threshold)
 

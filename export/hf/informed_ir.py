@@ -132,11 +132,12 @@ class InformedRouting:
             gain: how far the threshold moves for each unit of sparsity missed over 256 tokens.
 
         Raises:
-            ValueError: negative, or more than the routing reaches.
+            ValueError: negative, or more than the routing reaches; a gain that is not positive.
         """
         before = self.config.sparsity, self.config.routing_threshold
+        control = SparsityControl(sparsity, 0.0, gain)
         self.set_sparsity(sparsity)
-        control = SparsityControl(sparsity, float(self.config.routing_threshold), gain)
+        control.start(sparsity, float(self.config.routing_threshold))
         placed = self.config.routing_threshold  # where the control, and nobody else, has put it
         with self.routing_statistics() as seen:
 

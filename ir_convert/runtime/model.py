@@ -151,6 +151,7 @@ class OnnxModel:
 
         Raises:
             UserError: the sparsity is out of reach.
+            ValueError: a gain that is not positive.
         """
         from ..export.hf.control_ir import SparsityControl  # its package imports the models of transformers
 

@@ -68,9 +68,10 @@ def test_dense_stays_dense(model):
             assert model.config.routing_threshold == "-inf"  # not a number, for JSON has no infinity
 
 
-def test_out_of_reach(model):
+@pytest.mark.parametrize(("sparsity", "gain", "message"), [(0.61, 2.0, "out of reach"), (0.4, math.nan, "gain nan")])
+def test_what_cannot_be_held_changes_nothing(model, sparsity, gain, message):
     before = model.config.routing_threshold
-    with pytest.raises(ValueError, match="out of reach"), model.hold_sparsity(0.61):
+    with pytest.raises(ValueError, match=message), model.hold_sparsity(sparsity, gain):
         pass
     assert model.config.routing_threshold == before
 
