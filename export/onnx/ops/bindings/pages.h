@@ -2,7 +2,9 @@
 // up every page of them.
 #pragma once
 
+#include <cstdint>
 #include <cstdlib>
+#include <mutex>
 #include <new>
 
 #ifdef __linux__
@@ -11,25 +13,61 @@
 
 namespace ir {
 
+inline constexpr size_t kHugePage = size_t{2} << 20;
+
+// Memory that begins with a page, in huge pages as far as it fills them.
+inline void* huge_pages(size_t size, size_t alignment = kHugePage) {
+  void* memory = std::aligned_alloc(alignment, (size + alignment - 1) / alignment * alignment);
+  if (memory == nullptr) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+  madvise(memory, size, MADV_HUGEPAGE);  // a hint: whether it is taken does not matter
+#endif
+  return memory;
+}
+
+// Pages that weights smaller than one share, one after the other; they are given back with the last of them. A weight's address
+// tells its block.
+class SharedPages {
+ public:
+  static void* allocate(size_t size) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    size = (size + kLine - 1) / kLine * kLine;
+    if (current_ == nullptr || current_->used + size > kBlock)
+      current_ = new (huge_pages(kBlock, kBlock)) Header{kLine, 0};
+    void* memory = reinterpret_cast<char*>(current_) + current_->used;
+    current_->used += size;
+    ++current_->weights;
+    return memory;
+  }
+  static void deallocate(void* memory) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    auto* block = reinterpret_cast<Header*>(reinterpret_cast<uintptr_t>(memory) & ~uintptr_t{kBlock - 1});
+    if (--block->weights != 0) return;
+    if (block == current_) current_ = nullptr;
+    std::free(block);
+  }
+
+ private:
+  struct Header {
+    size_t used, weights;
+  };
+  static constexpr size_t kBlock = 8 * kHugePage, kLine = 64;
+  static_assert(sizeof(Header) <= kLine);
+  static inline std::mutex mutex_;
+  static inline Header* current_ = nullptr;
+};
+
 template <typename T>
 struct HugePages {
   using value_type = T;
-  static constexpr size_t kPage = size_t{2} << 20;
 
   HugePages() = default;
   template <typename U>
   HugePages(const HugePages<U>&) {}
 
-  T* allocate(size_t count) {
-    const size_t size = count * sizeof(T), alignment = size < kPage ? 64 : kPage;
-    void* memory = std::aligned_alloc(alignment, (size + alignment - 1) / alignment * alignment);
-    if (memory == nullptr) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-    if (alignment == kPage) madvise(memory, size, MADV_HUGEPAGE);  // a hint: whether it is taken does not matter
-#endif
-    return static_cast<T*>(memory);
-  }
-  void deallocate(T* memory, size_t) { std::free(memory); }
+  T* allocate(size_t count) { return static_cast<T*>(shared(count) ? SharedPages::allocate(count * sizeof(T)) : huge_pages(count * sizeof(T))); }
+  void deallocate(T* memory, size_t count) { shared(count) ? SharedPages::deallocate(memory) : std::free(memory); }
+  static bool shared(size_t count) { return count * sizeof(T) < kHugePage; }
 
   bool operator==(const HugePages&) const { return true; }
   bool operator!=(const HugePages&) const { return false; }
