@@ -1,8 +1,9 @@
 """Converts a large random checkpoint under a memory limit, and says what a layer costs.
 
-    python benchmarks/scale.py --parameters 1.5 --shape 7B --tokens 1536 [--device cpu] [--out results.json]
+    python benchmarks/scale.py --parameters 1.5 --shape 7B --tokens 1536 [--device cpu] [--processes 2] [--out results.json]
 
 Random weights calibrate to nothing useful; time and memory do not care. The checkpoint is written a layer at a time, in shards.
+With several processes, memory is that of the largest.
 """
 
 import argparse
@@ -48,6 +49,11 @@ def resident(pid: int) -> tuple[int, int]:
     return tuple(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "VmHWM"))  # type: ignore[return-value]
 
 
+def family(pid: int) -> list[int]:
+    """Returns a process and its children."""
+    return [pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parameters", type=float, default=1.5, help="in billions")
@@ -55,6 +61,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1536)
     parser.add_argument("--block-size", type=int, default=128)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--processes", type=int, default=1, help="that share the work")
     parser.add_argument("--folder", type=Path, help="where the checkpoint goes; a temporary folder by default")
     parser.add_argument("--out", type=Path, help="JSON results")
     args = parser.parse_args()
@@ -62,18 +69,22 @@ def main() -> None:
         model = Path(temporary) / "model"
         config = write_model(model, args.parameters, args.shape)
         stages: dict[str, list[float]] = {}
-        command = [sys.executable, "-m", "ir_convert", model, "--out", Path(temporary) / "routing.safetensors"]
+        command = [sys.executable, "-m"]
+        if args.processes > 1:
+            command += ["torch.distributed.run", "--standalone", "--nproc-per-node", args.processes, "-m"]
+        command += ["ir_convert", model, "--out", Path(temporary) / "routing.safetensors"]
         command += ["--tokens", args.tokens, "--block-size", args.block_size, "--device", args.device]
         process = subprocess.Popen([str(part) for part in command], stderr=subprocess.PIPE, text=True)
         peaks = [0, 0]
 
         def watch() -> None:
-            work = Path(temporary) / ".routing.safetensors.work"
+            work = Path(temporary) / ".routing.safetensors.work" / ("process-0" if args.processes > 1 else "")
             seen: set[str] = set()
             while process.poll() is None:
                 try:
-                    anonymous, whole = resident(process.pid)
-                    peaks[0], peaks[1] = max(peaks[0], anonymous), max(peaks[1], whole)
+                    for pid in family(process.pid):
+                        anonymous, whole = resident(pid)
+                        peaks[0], peaks[1] = max(peaks[0], anonymous), max(peaks[1], whole)
                     for file in set(os.listdir(work)) - seen:
                         seen.add(file)
                         if file.endswith(".safetensors") and "." in file.removesuffix(".safetensors"):
@@ -98,6 +109,7 @@ def main() -> None:
         "hidden": config.hidden_size,
         "tokens": args.tokens,
         "device": torch.cuda.get_device_name() if args.device == "cuda" else processor(),
+        "processes": args.processes,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

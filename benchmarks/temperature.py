@@ -26,7 +26,7 @@ from ir_convert.evaluate import logits
 from ir_convert.progress import Silent
 from ir_convert.stream import Team, Work
 
-TEMPERATURES = [1 + 0.1 * step for step in range(21)]
+TEMPERATURES = [round(0.9 + 0.02 * step, 2) for step in range(10)] + [round(1.1 + 0.1 * step, 1) for step in range(20)]
 METHODS = ("local", "polish", *END_TO_END)
 TOGETHER = 4  # blocks whose logits are in memory
 
@@ -87,12 +87,13 @@ def main() -> None:
             if method != "dense":
                 threshold, _ = seek(saved_on(routed, ids), args.sparsity, routed.start, routed.spread)
             values = losses(routed, ids, threshold)
-            row = dict(zip(("best", "temperature"), best(values), strict=True))
-            rows.append({"method": method, "text": name, "plain": values[0]} | row)
+            plain, (least, temperature) = values[TEMPERATURES.index(1.0)], best(values)
+            row = {"method": method, "text": name, "plain": plain, "best": least, "temperature": temperature}
+            rows.append(row | {"losses": dict(zip(map(str, TEMPERATURES), values, strict=True))})
             first = next(row for row in rows if row["text"] == name)
             print(
-                f"{method:<8} {name:<8} {values[0]:.3f} nats a token, {row['best']:.3f} at temperature {row['temperature']:.1f}; "
-                f"over dense {values[0] - first['plain']:+.3f}, {row['best'] - first['best']:+.3f}",
+                f"{method:<8} {name:<8} {plain:.3f} nats a token, {least:.3f} at temperature {temperature:g}; "
+                f"over dense {plain - first['plain']:+.3f}, {least - first['best']:+.3f}",
                 flush=True,
             )
     if args.json:

@@ -1,0 +1,166 @@
+"""The ONNX runtime: generation with the cache, in batches, sampling, and calls that it refuses."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+
+from ir_convert.errors import UserError
+from ir_convert.runtime import OnnxModel
+
+NO_END: tuple[int, ...] = ()
+
+
+def generate(
+    model: OnnxModel, ids: np.ndarray, mask: np.ndarray | None = None, tokens: int = 64, **kwargs
+) -> np.ndarray:
+    return np.stack(list(model.generate(ids, mask, tokens, **({"eos_ids": NO_END} | kwargs))), axis=1)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.2, 0.4])
+def test_cache_changes_nothing(model, prompt, sparsity):
+    model.set_sparsity(sparsity)
+    tokens = prompt
+    for _ in range(64):
+        tokens = np.concatenate([tokens, model.logits(tokens)[:, -1:].argmax(-1)], axis=1)
+    np.testing.assert_array_equal(generate(model, prompt), tokens[:, 9:])
+
+
+def test_dense_generates_as_transformers(base, model, prompt):
+    model.set_sparsity(0)
+    expected = base[0].generate(
+        torch.from_numpy(prompt), max_new_tokens=40, min_new_tokens=40, do_sample=False, pad_token_id=0
+    )
+    expected = expected[0, 9:].numpy()
+    # generate() with min_new_tokens forbids the end token, so compare up to where ours takes it.
+    got = generate(model, prompt, tokens=40)[0]
+    stop = np.flatnonzero(got == 2)[0] if (got == 2).any() else 40
+    assert stop > 3
+    np.testing.assert_array_equal(got[:stop], expected[:stop])
+
+
+def test_left_padded_batch_generates_as_each_alone(model):
+    prompts = [np.random.default_rng(seed).integers(3, 131, (1, length)) for seed, length in enumerate([3, 11, 7])]
+    ids = np.concatenate([np.pad(prompt, ((0, 0), (11 - prompt.shape[1], 0))) for prompt in prompts])
+    mask = (np.arange(11) >= 11 - np.array([[3], [11], [7]])).astype(np.int64)
+    got = generate(model, ids, mask, tokens=24)
+    for row, prompt in zip(got, prompts, strict=True):
+        np.testing.assert_array_equal(row, generate(model, prompt, tokens=24)[0])
+
+
+def test_a_text_that_has_ended_leaves_the_others_alone(model):
+    ids = np.random.default_rng(8).integers(3, 131, (2, 6))
+    free = generate(model, ids, tokens=20)
+    end = next(token for token in free[0] if token not in free[1])
+    got = generate(model, ids, tokens=20, eos_ids=[int(end)])
+    np.testing.assert_array_equal(got[1], free[1])
+    stop = list(free[0]).index(end)
+    np.testing.assert_array_equal(got[0, : stop + 1], free[0, : stop + 1])
+    assert set(got[0, stop:]) == {end}
+    assert generate(model, ids[:1], tokens=20, eos_ids=[int(end)]).shape[1] == stop + 1
+
+
+def test_sampling(model, prompt):
+    def sample(**kwargs) -> list[int]:
+        return generate(model, prompt, tokens=12, temperature=1.5, **kwargs)[0].tolist()
+
+    assert sample(seed=1) == sample(seed=1) != sample(seed=2)
+    greedy = generate(model, prompt, tokens=12)[0].tolist()
+    assert sample(seed=1, top_k=1) == sample(seed=1, top_p=1e-9) == sample(seed=1, top_p=0) == greedy
+    assert generate(model, prompt, tokens=12, temperature=1e-38, seed=1)[0].tolist() == greedy
+    likeliest = set(np.argsort(-model.logits(prompt)[0, -1])[:3].tolist())
+    drawn = {generate(model, prompt, tokens=1, temperature=3.0, top_k=3, seed=seed)[0, 0].item() for seed in range(30)}
+    assert drawn == likeliest
+
+
+def test_what_is_yielded_is_the_callers(model, prompt):
+    expected = generate(model, prompt, tokens=8)
+    found = []
+    for token in model.generate(prompt, max_new_tokens=8, eos_ids=NO_END):
+        found.append(token.copy())
+        token += 1
+    assert (np.stack(found, axis=1) == expected).all()
+
+
+def test_one_end_token(model, prompt):
+    end = int(generate(model, prompt, tokens=5)[0, 3])
+    np.testing.assert_array_equal(generate(model, prompt, eos_ids=end), generate(model, prompt, eos_ids=[end]))
+
+
+def test_generation_copies_no_cache(base, prompt, tmp_path):
+    """Only what writes keys and values gives out tensors of the cache's size, and it was handed past and present as one."""
+    options = ort.SessionOptions()
+    options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
+    model = OnnxModel.load(base[1], threads=1, sparsity=0.2, options=options)
+    generate(model, prompt, tokens=20)
+    events = json.loads(Path(model.session.end_profiling()).read_text())
+    writers = {
+        event["args"]["op_name"]
+        for event in events
+        for output in event["args"].get("output_type_shape", [])
+        for shape in output.values()
+        if event["name"].endswith("_kernel_time") and len(shape) == 4 and shape[2] == prompt.shape[1] + 20 - 1
+    }
+    assert writers - {"If"} == {"TensorScatter", "GroupQueryAttention"}
+
+
+def test_bad_calls_say_what_to_do(model, prompt):
+    with pytest.raises(UserError, match="padded on the left"):
+        next(model.generate(prompt, np.array([[1] * 8 + [0]])))
+    for nothing in (np.zeros((1, 0)), np.zeros((0, 3))):
+        with pytest.raises(UserError, match="prompts of at least one token"):
+            next(model.generate(nothing))
+    for ids, message in (
+        ([[1, 2], [3]], "texts of different lengths: pad them"),
+        ([1, 2], r"int64 \[2\]: give token ids"),
+        ([[0.5, 1.0]], r"float64 \[1, 2\]: give token ids"),
+        ([[1, -1]], "with negative ones"),
+        ("text", "give token ids"),
+    ):
+        for run in (model.logits, lambda ids: next(model.generate(ids))):
+            with pytest.raises(UserError, match=message):
+                run(ids)
+    for run in (model.logits, lambda *arguments: next(model.generate(*arguments))):
+        for shape in ((1, 3), (1, 14), (2, 9), (9,)):
+            with pytest.raises(UserError, match=rf"attention_mask \{list(shape)} is not \[1, 9\]: give 0 or 1"):
+                run(prompt, np.ones(shape))
+        for value in (2, 0.5, -1):
+            with pytest.raises(UserError, match="attention_mask holds values other than 0 and 1"):
+                run(prompt, np.full((1, 9), value))
+        with pytest.raises(UserError, match="input_ids hold 131, the model has 0 to 130"):
+            run([[5, 131]])
+    with pytest.raises(UserError, match=r"input_ids \[2, 0\] hold no token"):
+        model.logits(np.zeros((2, 0)))
+    with pytest.raises(UserError, match=r"position_ids \[1, 3\] are not \[1, 9\]: give one for every new token"):
+        model.logits(prompt, position_ids=np.arange(3)[None])
+    with pytest.raises(UserError, match="max_new_tokens -3 is negative"):
+        next(model.generate(prompt, max_new_tokens=-3))
+    assert not list(model.generate(prompt, max_new_tokens=0))
+    for setting in ({"temperature": -1.0}, {"temperature": math.nan}, {"top_k": 0}, {"top_p": 1.5}):
+        with pytest.raises(UserError, match="top_k 0 leaves no token" if "top_k" in setting else "is not in"):
+            next(model.generate(prompt, **{"temperature": 1.0} | setting))
+    with pytest.raises(UserError, match=r"no memory for keys and values of 1 x \d+ tokens"):
+        next(model.generate(prompt, max_new_tokens=10**12))
+
+
+def test_a_cache_must_be_that_of_the_same_texts(model, prompt):
+    _, past = model.forward(prompt[:, :8])
+    for shape in ((1, 1), (1, 8), (1, 13)):  # the first would write over the first slot
+        with pytest.raises(UserError, match=rf"attention_mask \{list(shape)} is not \[1, 9\].*cached ones before new"):
+            model.forward(prompt[:, 8:], np.ones(shape), past=past)
+    with pytest.raises(UserError, match=r"past_key_values.0.key is float32 \[1, 2, 8, 8\], not float32 \[2, 2, 8, 8\]"):
+        model.forward(prompt[:, 8:].repeat(2, 0), past=past)
+    with pytest.raises(
+        UserError, match=r"past_key_values.0.value is float32 \[1, 2, 5, 8\], not float32 \[1, 2, 8, 8\]"
+    ):
+        model.forward(prompt[:, 8:], past=[past[0], past[1][:, :, :5], *past[2:]])
+    with pytest.raises(UserError, match=r"past_key_values.0.key is float16"):
+        model.forward(prompt[:, 8:], past=[part.astype(np.float16) for part in past])
+    with pytest.raises(UserError, match="past holds 5 arrays, not 6"):
+        model.forward(prompt[:, 8:], past=past[1:])
+    logits, _ = model.forward(prompt[:, 8:], np.ones((1, 9)), np.array([[8]]), past)
+    np.testing.assert_allclose(logits[:, 0], model.logits(prompt)[:, -1], atol=1e-4)
