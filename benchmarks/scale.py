@@ -3,7 +3,7 @@
     python benchmarks/scale.py --parameters 1.5 --shape 7B --tokens 1536 [--device cpu] [--processes 2] [--out results.json]
 
 Random weights calibrate to nothing useful; time and memory do not care. The checkpoint is written a layer at a time, in shards.
-With several processes, memory is that of the largest.
+With several processes, memory and processor time are those of the process that takes most.
 """
 
 import argparse
@@ -49,6 +49,12 @@ def resident(pid: int) -> tuple[int, int]:
     return tuple(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "VmHWM"))  # type: ignore[return-value]
 
 
+def processor_seconds(pid: int) -> float:
+    """Returns the processor time that a process has had."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def family(pid: int) -> list[int]:
     """Returns a process and its children."""
     return [pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
@@ -75,9 +81,10 @@ def main() -> None:
         command += ["ir_convert", model, "--out", Path(temporary) / "routing.safetensors"]
         command += ["--tokens", args.tokens, "--block-size", args.block_size, "--device", args.device]
         process = subprocess.Popen([str(part) for part in command], stderr=subprocess.PIPE, text=True)
-        peaks = [0, 0]
+        peaks, spent = [0, 0], 0.0
 
         def watch() -> None:
+            nonlocal spent
             work = Path(temporary) / ".routing.safetensors.work" / ("process-0" if args.processes > 1 else "")
             seen: set[str] = set()
             while process.poll() is None:
@@ -85,6 +92,7 @@ def main() -> None:
                     for pid in family(process.pid):
                         anonymous, whole = resident(pid)
                         peaks[0], peaks[1] = max(peaks[0], anonymous), max(peaks[1], whole)
+                        spent = max(spent, processor_seconds(pid))
                     for file in set(os.listdir(work)) - seen:
                         seen.add(file)
                         if file.endswith(".safetensors") and "." in file.removesuffix(".safetensors"):
@@ -114,6 +122,7 @@ def main() -> None:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "seconds": seconds,
+        "processor_seconds": spent,
         "seconds_per_layer": per_layer,
         "peak_resident_bytes": peaks[1],
         "peak_anonymous_bytes": peaks[0],

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from . import experts, rope
 from .errors import UserError, one_line
 from .families import UNITS, Family, family_of, projection_sizes
+from .files import expanded, require_readable
 from .integrity import require_whole
 from .supported import require_supported
 
@@ -83,7 +84,7 @@ class Checkpoint:
         Raises:
             UserError: not found, no safetensors weights, not supported, damaged or missing shards.
         """
-        path = Path(model).expanduser()
+        path = expanded(Path(model))
         path = path if path.is_dir() else _download(model)
         try:
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -270,6 +271,7 @@ def _download(model: str) -> Path:
 def shards_of(path: Path) -> dict[str, str]:
     """Returns the files of a checkpoint folder's tensors by the tensors' names; UserError where one is missing or damaged."""
     if (path / SINGLE).is_file():  # transformers, too, takes it where there are both
+        require_readable(path / SINGLE)
         try:
             with safe_open(path / SINGLE, "pt") as file:
                 return dict.fromkeys(file.keys(), SINGLE)
@@ -284,6 +286,7 @@ def shards_of(path: Path) -> dict[str, str]:
         for shard in set(shards.values()):
             if os.path.basename(shard) != shard or shard in ("", ".", ".."):
                 raise UserError(f"{path / INDEX} names a file outside its folder: '{shard}'")
+            require_readable(path / shard)
             if not (path / shard).is_file():
                 raise UserError(f"{path} lacks the weight file '{shard}' that its index names; download it again")
         return shards
@@ -302,6 +305,8 @@ def _why_no_config(path: Path, error: Exception) -> str:
         content = json.loads(config.read_text("utf-8"))
     except ValueError:
         return f"{config} is not valid JSON"
+    except OSError as failed:
+        return f"{config} cannot be read: {failed.strerror}"
     if isinstance(content, dict) and "routing_threshold" in content:
         return f"{path} was written by ir-convert: it is routed already; convert its base model"
     if isinstance(content, dict) and "auto_map" in content:

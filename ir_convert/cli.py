@@ -168,17 +168,23 @@ def main() -> None:
     arguments = sys.argv[1:]
     command = generate if arguments[:1] == ["generate"] else convert
     try:
-        command.main(arguments[1:] if command is generate else arguments, standalone_mode=False)
+        if command is generate:
+            generate.main(arguments[1:], "ir-convert generate", standalone_mode=False)
+        else:
+            convert.main(arguments, "ir-convert", standalone_mode=False)
     except click.exceptions.Exit as done:
         sys.exit(done.exit_code)
     except click.exceptions.Abort:
         if command is convert:
-            click.echo("ir-convert: interrupted; the same command goes on where it stopped", err=True)
+            same = "the same command" + (" without --restart" if "--restart" in arguments else "")
+            click.echo(f"ir-convert: interrupted; {same} goes on where it stopped", err=True)
         sys.exit(130)
     except click.ClickException as error:
         _fail(error.format_message())
     except UserError as error:
         _fail(str(error))
+    except OSError as error:  # a folder closed to us, a full disk
+        _fail(f"{error.filename or 'cannot write'}: {error.strerror}" if error.strerror else str(error))
 
 
 def _fail(message: str) -> None:

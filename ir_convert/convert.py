@@ -21,6 +21,7 @@ from .choices import LOGITS
 from .data import Blocks, Source, read_blocks
 from .errors import UserError, one_line
 from .families import UNITS
+from .files import expanded
 from .job import Job
 from .outputs import Output
 from .progress import Reporter, Silent
@@ -106,7 +107,7 @@ def convert(
         report: shows progress.
 
     Raises:
-        UserError: one line that says what is wrong; no output has been touched then.
+        UserError: one line that says what is wrong; the output that it names has not been touched then.
     """
     given = dict(locals())
     start, processor = time.monotonic(), _device(device)
@@ -118,7 +119,7 @@ def convert(
     writing = Writing(outputs, dtype, quantisation, trace, logits, overwrite)
     writing.check_flags()
     if routing is not None:
-        routing = routing.expanduser()
+        routing = expanded(routing)
         _check_ignored(routing, given)
     team = Team.assemble(processor)
     processor = team.device(processor)
@@ -169,6 +170,7 @@ def convert(
     writing = writing.only([output for output in outputs if restart or output not in done])
     writing.check(checkpoint)
 
+    same = "the same command" + (", without --restart," if restart else "")
     with job.alone(outputs[0], team):
         try:
             work = job.work(outputs[0], restart, team)
@@ -176,14 +178,14 @@ def convert(
             learned = _calibrate(view, blocks, options, job, processor, work, team, report)
         except torch.OutOfMemoryError as error:
             raise UserError(
-                f"{processor} has no memory left. What was finished is kept: free some, and run the same command again. "
+                f"{processor} has no memory left. What was finished is kept: free some, and run {same} again. "
                 "End-to-end stages hold the whole model: --gradient-checkpointing takes less for all else, and accelerate launch "
                 "--use_fsdp shares the model among GPUs"
             ) from error
         except (OSError, SafetensorError) as error:  # no room, no permission
             raise UserError(
                 f"the calibration had to stop: {one_line(error)}. What was finished is kept in {job.folder(outputs[0])}: put "
-                "that right, and run the same command again"
+                f"that right, and run {same} again"
             ) from error
         sizes = {}
         if team.rank == 0:
@@ -243,6 +245,7 @@ def _reuse(path: Path, checkpoint: Checkpoint, sparsity: float | None) -> Routin
             f"{path} was made for other weights ({routing.metadata['base_model']}, sha256 {made_for[:12]}...) than "
             f"{checkpoint.name}: name the model it was made for, or calibrate again"
         )
+    routing.metadata.pop("job_sha256", None)  # what comes of it is another command's
     if sparsity is not None:
         threshold = routing.curve.at(sparsity)
         routing.metadata |= {"sparsity": sparsity, "threshold": threshold if sparsity else None}
@@ -278,7 +281,7 @@ def _device(name: str) -> torch.device:
         place = device
         if device.type == "cuda" and device.index is None:  # one of several processes opens its own GPU alone
             place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % max(1, torch.cuda.device_count()))
-        torch.zeros(1, device=place).item()  # "meta" has no values
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, dtype=torch.float64, device=place).item()  # "meta" has no values, "mps" no float64
+    except (RuntimeError, AssertionError, TypeError, ImportError) as error:
         raise UserError(f"device '{name}' cannot be used here: try --device cpu") from error
     return device

@@ -5,7 +5,7 @@ class UserError(Exception):
     """Says in one line what is wrong, which value, and what to do about it."""
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """Returns the first line of what an exception says, with what it announces there, or its type."""
     first, *rest = (str(error).strip() or type(error).__name__).splitlines()
     return " ".join([first.strip(), *(line.strip() for line in rest)]) if first.strip().endswith(":") else first

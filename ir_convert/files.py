@@ -4,6 +4,24 @@ import os
 from pathlib import Path
 from typing import BinaryIO
 
+from .errors import UserError
+
+
+def expanded(path: Path) -> Path:
+    """Returns a path whose ``~`` no shell has expanded, as in ``--out=~/NAME``; UserError where it leads nowhere."""
+    try:
+        path = path.expanduser()
+        path.resolve()
+    except (RuntimeError, ValueError) as error:  # no such user, links in a circle, no name at all
+        raise UserError(f"{path} leads nowhere: {error}") from error
+    return path
+
+
+def require_readable(path: Path) -> None:
+    """Raises UserError where a file is there and closed to us, for safetensors says that it is not there."""
+    if path.is_file() and not os.access(path, os.R_OK):
+        raise UserError(f"{path} may not be read: permission denied")
+
 
 def sync(path: Path) -> None:
     """Makes sure that a file, or a folder's list of files, is on the disk."""

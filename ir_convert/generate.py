@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from .errors import UserError, one_line
+from .files import expanded
 
 CONTEXT = 8  # tokens of the prompt that its continuation is decoded with
 LEAST_TEMPERATURE = 1e-3  # below it half precision overflows
@@ -41,7 +42,7 @@ def generate(
         UserError: the artifact is missing or not one of ours, the prompt is empty, the sparsity is out of reach, or
             the temperature is out of its range.
     """
-    artifact = artifact.expanduser()
+    artifact = expanded(artifact)
     if not artifact.exists():
         raise UserError(f"artifact '{artifact}' does not exist: name an .onnx file or a checkpoint folder")
     if not prompt:

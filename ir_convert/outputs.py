@@ -6,8 +6,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from .checkpoint import COPIED, INDEX, SINGLE, Checkpoint, shards_of
-from .errors import UserError
+from .errors import UserError, one_line
+from .files import expanded
 
 LONGEST = 200  # of a name: most file systems have 255 bytes, and what lies beside an output has its name and more
 FOREIGN = {
@@ -43,7 +46,7 @@ class Output:
     @classmethod
     def parse(cls, path: Path, target: str = "hf") -> "Output":
         """Tells the kind from the name: ``*.onnx``, ``*.safetensors``, else a folder, whose kind is ``target``."""
-        path = path.expanduser()  # which no shell does in --out=~/NAME
+        path = expanded(path)
         if len(os.fsencode(path.name)) > LONGEST:
             raise UserError(f"output name '{path.name[:20]}...' is longer than {LONGEST} bytes: shorten it")
         suffix = path.suffix.lower()
@@ -127,8 +130,9 @@ class Output:
                 self.path.unlink(missing_ok=True)
                 for file in sorted(partial.iterdir(), key=lambda file: file.name == self.path.name):
                     file.replace(self.path.parent / file.name)
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror or error}") from error
+        except (OSError, SafetensorError) as error:
+            why = getattr(error, "strerror", None) or one_line(error)
+            raise UserError(f"cannot write {self.path}: {why}") from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         return size

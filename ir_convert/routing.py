@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from .checkpoint import Lora
 from .errors import UserError
-from .files import sync
+from .files import require_readable, sync
 from .flops import require_share
 from .units import Units, units_from_tensors, units_to_tensors
 
@@ -44,7 +44,9 @@ class Curve:
         if sparsity == 0:
             return -math.inf
         if sparsity > self.sparsity[-1] + 1e-9:
-            raise UserError(f"sparsity {sparsity:g} is out of reach; this routing reaches {self.sparsity[-1]:.3f}")
+            raise UserError(
+                f"sparsity {sparsity:g} is out of reach; this routing reaches {math.floor(self.sparsity[-1] * 1000) / 1000:.3f}"
+            )
         return float(np.float32(np.interp(sparsity, self.sparsity, self.threshold)))
 
 
@@ -113,6 +115,7 @@ class Routing:
         Raises:
             UserError: the file is missing, damaged, or not a routing file of a known format.
         """
+        require_readable(path)
         try:
             with safe_open(path, "pt") as file:
                 header = file.metadata() or {}

@@ -2,8 +2,11 @@
 
 import errno
 import json
+import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from models import save_random
@@ -11,6 +14,7 @@ from trained import TINY
 
 from ir_convert import cli, report
 from ir_convert.checkpoint import Checkpoint
+from ir_convert.errors import UserError
 from ir_convert.outputs import Output
 from ir_convert.routing import Routing
 
@@ -74,6 +78,10 @@ def base(tmp_path_factory):
         (["generate", "{base}", "hello"], "not an informed-routing checkpoint"),
         (["generate", "{empty}", "hello"], "not written by ir-convert"),
         (["generate", "{base}", ""], "the prompt is empty"),
+        (["~nobody-here/model", "--out", "{out}"], "~nobody-here/model leads nowhere"),
+        (["{base}", "--out", "~nobody-here/out"], "~nobody-here/out leads nowhere"),
+        (["{base}", "--out", "{out}", "--routing", "~nobody-here/r"], "~nobody-here/r leads nowhere"),
+        (["generate", "~nobody-here/m.onnx", "x"], "~nobody-here/m.onnx leads nowhere"),
     ],
 )
 def test_one_clear_line_and_nothing_written(arguments, message, run, base, tmp_path):
@@ -89,6 +97,35 @@ def test_one_clear_line_and_nothing_written(arguments, message, run, base, tmp_p
     assert err.count("\n") == 1
     assert out == ""
     assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
+
+
+def test_what_is_closed_to_the_user(run, base, tmp_path, monkeypatch):
+    """As root may do all, what the system says is played."""
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).suffix != ".safetensors")
+    code, _, err = run(base, "--out", tmp_path / "out")
+    assert code == 2
+    assert "safetensors may not be read: permission denied" in err
+    routing = tmp_path / "r.safetensors"
+    routing.write_bytes(b"closed")
+    with pytest.raises(UserError, match=f"{routing} may not be read: permission denied"):
+        Routing.load(routing)
+
+    def closed(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", closed)
+    assert run("generate", "closed/m.onnx", "x") == (2, "", "ir-convert: closed/m.onnx: Permission denied\n")
+
+
+def test_what_is_refused_as_out_of_reach_names_what_is_not(run, tmp_path):
+    """The rounded figure is one that would do."""
+    for rank in (8, 16, 24):
+        options = ["--out", tmp_path / "out", "--rank", rank, "--calibration", tmp_path / "absent"]
+        code, _, err = run(TINY, *options, "--sparsity", "0.95")
+        assert code == 2
+        most = re.search(r"saves ([\d.]+) of the FLOPs", err)
+        assert most is not None, err
+        assert "absent" in run(TINY, *options, "--sparsity", most[1])[2]
 
 
 def test_existing_output(run, base, tmp_path):
@@ -111,7 +148,7 @@ def test_help_and_version(run):
     assert "--sparsity" in out
     assert "ir-convert generate" in out
     code, out, _ = run("generate", "--help")
-    assert "PROMPT" in out
+    assert "Usage: ir-convert generate [OPTIONS] ARTIFACT PROMPT" in out
     assert run("--version")[0] == 0
 
 
@@ -151,6 +188,7 @@ def test_one_calibration_serves_every_target(run, converted, tmp_path):
     assert code == 0, err
     again = Routing.load(tmp_path / "r.safetensors")
     assert again.sparsity == 0.5
+    assert "job_sha256" not in again.metadata  # the calibration's command would find nothing left to do
     assert again.threshold == again.metadata["threshold"] == converted.routing.curve.at(0.5)
     assert (tmp_path / "again.onnx.data").is_file()
     # What was measured at the setting before says so.

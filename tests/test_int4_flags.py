@@ -46,6 +46,8 @@ def test_changed_method_is_refused_by_name(model, tmp_path, run, monkeypatch):  
         code, _, err = run(model, *OPTIONS, "--calibrate-quantised", "--out", out)
         assert code == 130
         assert "interrupted; the same command goes on where it stopped" in err
+        err = run(model, *OPTIONS, "--calibrate-quantised", "--out", out, "--restart")[2]
+        assert "interrupted; the same command without --restart goes on where it stopped" in err
     assert (work / "forward.1.safetensors").is_file()
     code, _, err = run(model, *OPTIONS, "--calibrate-quantised", "--int4-method", "k_quant", "--out", out)
     assert (code, err.count("\n")) == (2, 1)

@@ -87,7 +87,7 @@ def check_reachable(checkpoint: Checkpoint, options: Options) -> None:
     if options.sparsity > reachable:
         raise UserError(
             f"sparsity {options.sparsity:g} is out of reach for this model: approximating every routed unit saves "
-            f"{max(0, reachable):.3f} of the FLOPs (what always runs, forecasters and routers cost their share)"
+            f"{max(0, math.floor(reachable * 1000) / 1000):.3f} of the FLOPs (what always runs, forecasters and routers cost their share)"
         )
 
 

@@ -3,8 +3,10 @@
 from torch import Tensor
 
 from ..decoder import Decoder
+from ..flops import Budget
 from ..progress import Reporter
 from ..stream import Team, Work
+from ..units import Units
 from .allocate import allocate_ranks
 from .dense import candidate_ranks, place_of_mean, run_backward, run_forward, units_at
 from .fitted import Fitted
@@ -32,6 +34,9 @@ def fit_local(
     def of_text(values: Tensor) -> Tensor:
         return team.gather(values.view(len(ids), -1), count)[text].flatten()
 
+    def overhead(routed: Units) -> float:
+        return Budget.of(decoder.config, routed, options.kv_cache).overhead_share
+
     scores = {key: of_text(unit.scores) for key, unit in learnt.items()}
 
     even = units_at(learnt, dict.fromkeys(learnt, mean))
@@ -47,4 +52,6 @@ def fit_local(
         }
         for key, unit in learnt.items()
     }
-    return Fitted(units, decoder, scores, (options.sparsity, threshold), notes)
+    # Ranks that came out smaller than the mean cost less: at that threshold they save more.
+    cheaper = overhead(even) - overhead(units)
+    return Fitted(units, decoder, scores, (options.sparsity + cheaper, threshold), notes)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from .pieces import Piece, Pieces, document, no_such_field
 
 CHUNK = 65536
@@ -111,7 +111,7 @@ class Parquet:
         try:
             from pyarrow import ArrowException, parquet
         except ImportError as error:
-            raise UserError(f"reading {path} needs pyarrow: pip install 'ir-convert[datasets]'") from error
+            raise UserError(f"reading {path} needs pyarrow: pip install pyarrow") from error
         self._path, self._field = path, field
         self.size = path.stat().st_size
         self._parquet, self._error = parquet, ArrowException
@@ -138,7 +138,7 @@ class Parquet:
                 with self._parquet.ParquetFile(self._path) as file:
                     yield file
             except (self._error, UnicodeDecodeError) as error:
-                raise UserError(f"{self._path} is not a sound Parquet file: {_first_line(error)}") from error
+                raise UserError(f"{self._path} is not a sound Parquet file: {one_line(error)}") from error
 
     def _rows(self, file: Any, group: int, first: int, stop: int) -> Pieces:
         row = 0
@@ -169,11 +169,7 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or _first_line(error)
+        reason = getattr(error, "strerror", None) or one_line(error)
         raise UserError(
             f"cannot read the calibration text {getattr(error, 'filename', None) or path}: {reason}"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

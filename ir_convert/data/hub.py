@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from .pieces import Piece, Pieces, document, no_such_field
 
 DEFAULT_SPLITS = ("train", "validation")
@@ -32,7 +32,7 @@ class DataSet:
             try:
                 record = next(rows, None)
             except Exception as error:  # the library raises whatever its file readers and HTTP clients raise
-                raise UserError(f"reading the data set {self.name} failed: {_line(error)}") from error
+                raise UserError(f"reading the data set {self.name} failed: {one_line(error)}") from error
             if record is None:
                 return
             if (text := document(record, self._field, f"data set {self.name}")).strip():
@@ -53,14 +53,14 @@ def open_dataset(location: str, field: str) -> DataSet:
         import datasets
     except ImportError as error:
         raise UserError(
-            f"there is no file or folder '{location}'; to read it as a data set: pip install 'ir-convert[datasets]'"
+            f"there is no file or folder '{location}'; to read it as a data set: pip install datasets"
         ) from error
     name, config, split = (*location.split(":", 2), "", "")[:3]
     try:
         splits = datasets.load_dataset(name, config or None, streaming=True)
     except Exception as error:  # not found, no such config, no network, gated: each comes with a class of its own
         raise UserError(
-            f"there is no file or folder '{location}', and it cannot be loaded as a data set: {_line(error)}"
+            f"there is no file or folder '{location}', and it cannot be loaded as a data set: {one_line(error)}"
         ) from error
     wanted = [split] if split else [default for default in DEFAULT_SPLITS if default in splits]
     if not wanted or wanted[0] not in splits:
@@ -69,7 +69,3 @@ def open_dataset(location: str, field: str) -> DataSet:
             f"choose with {name}:{config}:SPLIT"
         )
     return DataSet(f"{name}:{config}:{wanted[0]}", splits[wanted[0]], field)
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -66,8 +66,8 @@ def open_session(
         raise UserError(held)
     try:
         if library is not None:
-            _WITH_LIBRARY.add(options)
             options.register_custom_ops_library(str(library.resolve()))
+            _WITH_LIBRARY.add(options)
         return ort.InferenceSession(str(path), options, providers=list(providers))
     except Exception as error:  # onnxruntime's exceptions share no base class of their own
         said = str(error).splitlines()[0]

@@ -74,15 +74,20 @@ class OnnxModel:
             providers: execution providers by name, best first; by default CUDA where there is a GPU, and the CPU.
             threads: threads of one operator; by default onnxruntime's choice.
             sparsity: share of FLOPs to save instead of the one the model was made for.
-            threshold: or the threshold itself.
+            threshold: the threshold itself, in place of a sparsity.
             options: session options to start from. The load sets what else is asked for in them, native kernels as well: where
                 it uses a library, they serve this load alone.
             library: native kernels for the units: by default those that were built on this machine
                 (``ir_convert.export.onnx.ops``), where they can run the model; False for none, a path for another library.
 
         Raises:
-            UserError: missing, damaged, not an ir-convert model, a sparsity out of reach, or options that hold native kernels.
+            UserError: missing, damaged, not an ir-convert model, a sparsity out of reach or a threshold beside it, or options that
+                hold native kernels.
         """
+        if sparsity is not None and threshold is not None:
+            raise UserError(f"sparsity {sparsity:g} and threshold {threshold:g} are given: one decides the other")
+        if threshold is not None and math.isnan(threshold):
+            raise UserError("the threshold is NaN: give a number, -inf for the dense model")
         path = model_file(Path(path))
         model_says = inspect(path)
         wanted = [providers] if isinstance(providers, str) else list(providers or default_providers())
@@ -110,8 +115,6 @@ class OnnxModel:
         if sparsity is not None:
             model.set_sparsity(sparsity)
         if threshold is not None:
-            if math.isnan(threshold):
-                raise UserError("the threshold is NaN: give a number, -inf for the dense model")
             model.threshold = threshold
         return model
 
@@ -203,7 +206,7 @@ class OnnxModel:
         batch, length = input_ids.shape
         if not length:
             raise UserError(f"input_ids {list(input_ids.shape)} hold no token: give at least one of every text")
-        past = past or self._empty_cache(batch)
+        past = self._empty_cache(batch) if past is None or not len(past) else past
         require_cache(past, self._past_inputs, batch)
         require_positions(position_ids, input_ids.shape)
         mask = mask_of(attention_mask, batch, past[0].shape[2] + length)

@@ -29,9 +29,6 @@ class States:
     def __init__(self, shape: tuple[int, ...], path: Path | None = None) -> None:
         self.shape, self._path = shape, path
         self._memory = torch.empty(shape) if path is None else None
-        if path is not None and not (path.is_file() and path.stat().st_size == 4 * math.prod(shape)):
-            with open(path, "wb") as file:
-                reserve(file, 4 * math.prod(shape))
 
     def __getitem__(self, rows: slice) -> Tensor:
         # A mapping of their own for each access: pages of one that stays open would count as the process's memory.
@@ -41,6 +38,7 @@ class States:
         if self._memory is not None:
             self._memory[rows] = values
         else:
+            self._reserve()
             self._map("r+")[rows] = values.numpy()
 
     def __len__(self) -> int:
@@ -55,6 +53,12 @@ class States:
         self._memory = None
         if self._path:
             self._path.unlink(missing_ok=True)
+
+    def _reserve(self) -> None:
+        """Makes the file; not before it is written, for of those that a finished step read nobody needs any more."""
+        if self._path and not (self._path.is_file() and self._path.stat().st_size == 4 * math.prod(self.shape)):
+            with open(self._path, "wb") as file:
+                reserve(file, 4 * math.prod(self.shape))
 
     def _map(self, mode: str) -> np.ndarray:
         return np.memmap(self._path, np.float32, mode, shape=self.shape)  # type: ignore[call-overload]

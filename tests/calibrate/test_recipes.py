@@ -122,6 +122,14 @@ def test_sparsity_0_where_there_is_little_to_save(options, checkpoint, monkeypat
     assert all(torch.isfinite(unit.forecaster.up).all() for unit in routing.units.values())
 
 
+@pytest.mark.parametrize("rank", [18, 24, 36])
+def test_a_small_sparsity_is_on_the_curve_whatever_the_rank(rank, checkpoint, monkeypatch):
+    """Ranks beyond what forecasts can use are not handed out, and so cost less than the first threshold assumed."""
+    shorten(monkeypatch)
+    routing = calibrate(checkpoint, random_blocks(16, 8, 4), Options(rank=rank, router_width=1, sparsity=0.02))
+    assert routing.curve.sparsity[0] < 0.02
+
+
 @pytest.mark.parametrize("processes", range(1, 20))
 def test_every_number_of_processes_shares_a_batch(processes):
     team = Team()

@@ -94,5 +94,5 @@ def test_unreachable(name, monkeypatch):
 
 def test_without_the_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"no file or folder 'wikitext'.*pip install 'ir-convert\[datasets\]'"):
+    with pytest.raises(UserError, match=r"no file or folder 'wikitext'.*pip install datasets"):
         read("wikitext")

@@ -294,5 +294,5 @@ def test_bad_parquet(tmp_path):
 def test_parquet_without_pyarrow(tmp_path, monkeypatch):
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UserError, match=r"needs pyarrow: pip install 'ir-convert\[datasets\]'"):
+    with pytest.raises(UserError, match=r"needs pyarrow: pip install pyarrow"):
         open_path(tmp_path / "a.parquet", "a", "text")

@@ -43,6 +43,8 @@ def test_what_does_not_load_says_what_to_do(base, tmp_path):
     assert OnnxModel.load(base[1], providers="CPUExecutionProvider").session.get_providers() == ["CPUExecutionProvider"]
     with pytest.raises(UserError, match="threshold is NaN"):
         OnnxModel.load(base[1], threshold=math.nan)
+    with pytest.raises(UserError, match=r"sparsity 0.2 and threshold 1 are given"):
+        OnnxModel.load(base[1], sparsity=0.2, threshold=1.0)
 
     lone = shutil.copyfile(base[1] / "ir-tiny.onnx", tmp_path / "ir-tiny.onnx")
     with pytest.raises(UserError, match=r"needs its weights 'ir-tiny.onnx.data' beside it"):

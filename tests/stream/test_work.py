@@ -38,12 +38,20 @@ def test_states_of_an_earlier_run_keep_their_content(tmp_path):
     values = torch.randn(5, 2)
     Work(tmp_path).states("x.1", (5, 2))[slice(0, 5)] = values
     assert torch.equal(Work(tmp_path).states("x.1", (5, 2))[slice(0, 5)], values)
-    assert Work(tmp_path).states("x.2", (5, 2))[slice(0, 5)].shape == (5, 2)
     # A file of another size is not this one's.
-    assert States((6, 2), tmp_path / "x.1.states")[slice(0, 6)].shape == (6, 2)
+    other = States((6, 2), tmp_path / "x.1.states")
+    other[slice(2, 3)] = torch.ones(1, 2)
+    assert other[slice(0, 6)].sum() == 2
+
+
+def test_states_take_no_room_before_they_are_written(tmp_path):
     states = Work(tmp_path).states("x.2", (5, 2))
+    assert not list(tmp_path.iterdir())
     states.discard()
-    assert [path.name for path in tmp_path.iterdir()] == ["x.1.states"]
+    states[slice(0, 1)] = torch.ones(1, 2)
+    assert (tmp_path / "x.2.states").stat().st_size == 4 * 5 * 2
+    states.discard()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_step_is_done_only_when_saved(tmp_path):

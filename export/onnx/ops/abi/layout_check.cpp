@@ -71,10 +71,8 @@ static_assert(int{ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED} == ir::abi::kUndefine
 static_assert(int{ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT} == ir::abi::kFloat);
 static_assert(int{ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8} == ir::abi::kUint8);
 static_assert(int{ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32} == ir::abi::kInt32);
-static_assert(int{ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64} == ir::abi::kInt64);
 static_assert(int{ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL} == ir::abi::kBool);
 static_assert(int{ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16} == ir::abi::kFloat16);
-static_assert(int{ONNX_TENSOR_ELEMENT_DATA_TYPE_DOUBLE} == ir::abi::kDouble);
 static_assert(int{ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16} == ir::abi::kBFloat16);
 static_assert(int{INPUT_OUTPUT_REQUIRED} == ir::abi::kRequired && int{INPUT_OUTPUT_OPTIONAL} == ir::abi::kOptional);
 static_assert(int{OrtMemTypeCPUInput} == ir::abi::kCpuInput && int{OrtMemTypeDefault} == ir::abi::kDefault);

@@ -13,7 +13,6 @@ struct OrtKernelContext;
 struct OrtSessionOptions;
 struct OrtCustomOpDomain;
 struct OrtTensorTypeAndShapeInfo;
-struct OrtMemoryInfo;
 struct OrtShapeInferContext;
 
 namespace ir::abi {
@@ -22,7 +21,7 @@ inline constexpr uint32_t kVersion = 21;  // of the API: ONNX Runtime 1.21 and n
 
 // Enumerations are passed as int: theirs are C's.
 enum Error : int { kFail = 1, kInvalidArgument = 2, kNotImplemented = 9 };
-enum Element : int { kUndefined = 0, kFloat = 1, kUint8 = 2, kInt32 = 6, kInt64 = 7, kBool = 9, kFloat16 = 10, kDouble = 11, kBFloat16 = 16 };
+enum Element : int { kUndefined = 0, kFloat = 1, kUint8 = 2, kInt32 = 6, kBool = 9, kFloat16 = 10, kBFloat16 = 16 };
 enum Characteristic : int { kRequired = 0, kOptional = 1 };
 enum Memory : int { kCpuInput = -2, kDefault = 0 };
 
@@ -53,11 +52,8 @@ struct CustomOp;
   X(193, KernelContext_GetGPUComputeStream, OrtStatus*, (const OrtKernelContext* context, void** out))                  \
   X(249, KernelInfoGetConstantInput_tensor, OrtStatus*,                                                                 \
     (const OrtKernelInfo* info, size_t index, int* constant, const OrtValue** out))                                     \
-  X(265, KernelContext_GetResource, OrtStatus*, (const OrtKernelContext* context, int version, int id, void** out))     \
   X(274, KernelContext_ParallelFor, OrtStatus*,                                                                         \
-    (const OrtKernelContext* context, void (*fn)(void*, size_t), size_t total, size_t batches, void* data))             \
-  X(277, KernelContext_GetScratchBuffer, OrtStatus*,                                                                    \
-    (const OrtKernelContext* context, const OrtMemoryInfo* memory, size_t bytes, void** out))
+    (const OrtKernelContext* context, void (*fn)(void*, size_t), size_t total, size_t batches, void* data))
 
 struct Table;  // OrtApi
 

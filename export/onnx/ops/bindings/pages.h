@@ -57,6 +57,13 @@ class SharedPages {
   static inline Header* current_ = nullptr;
 };
 
+// A sanitizer sees the end of what has memory of its own.
+#ifdef __SANITIZE_ADDRESS__
+inline constexpr bool kShare = false;
+#else
+inline constexpr bool kShare = true;
+#endif
+
 template <typename T>
 struct HugePages {
   using value_type = T;
@@ -65,9 +72,14 @@ struct HugePages {
   template <typename U>
   HugePages(const HugePages<U>&) {}
 
-  T* allocate(size_t count) { return static_cast<T*>(shared(count) ? SharedPages::allocate(count * sizeof(T)) : huge_pages(count * sizeof(T))); }
-  void deallocate(T* memory, size_t count) { shared(count) ? SharedPages::deallocate(memory) : std::free(memory); }
-  static bool shared(size_t count) { return count * sizeof(T) < kHugePage; }
+  T* allocate(size_t count) {
+    const size_t size = count * sizeof(T);
+    if (size >= kHugePage) return static_cast<T*>(huge_pages(size));
+    return static_cast<T*>(kShare ? SharedPages::allocate(size) : huge_pages(size, 64));
+  }
+  void deallocate(T* memory, size_t count) {
+    kShare && count * sizeof(T) < kHugePage ? SharedPages::deallocate(memory) : std::free(memory);
+  }
 
   bool operator==(const HugePages&) const { return true; }
   bool operator!=(const HugePages&) const { return false; }

@@ -82,16 +82,26 @@ IR_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const ir::abi
   }
   static const abi::Api api(table);
   g_api = &api;
+  // Kernels call the functions of the ONNX Runtime that came first; a process may hold several.
+  static const std::string first = base->GetVersionString();
+  if (first != base->GetVersionString()) {
+    const std::string message = "the library of domain ir serves ONNX Runtime " + first + " in this process, this is " +
+                                base->GetVersionString() + ": use one version of it";
+    return abi::CreateStatusOf(table)(abi::kFail, message.c_str());
+  }
   // The same domains for all sessions; they live as long as the library.
   static OrtCustomOpDomain *domain = nullptr, *int4_domain = nullptr;
-  static OrtStatus* status = [] {
+  static const std::string trouble = [] {
     OrtStatus* status = api.CreateCustomOpDomain(kDecide.domain(), &domain);
     if (status == nullptr) status = api.CreateCustomOpDomain(kInt4Decide.domain(), &int4_domain);
     for (const Op& op : kTable)
       if (status == nullptr) status = api.CustomOpDomain_Add(op.signature.int4 ? int4_domain : domain, &op);
-    return status;
+    if (status == nullptr) return std::string();
+    const std::string message = api.GetErrorMessage(status);
+    api.ReleaseStatus(status);
+    return message;
   }();
-  if (status != nullptr) return status;
+  if (!trouble.empty()) return api.CreateStatus(abi::kFail, trouble.c_str());
   OrtStatus* failed = api.AddCustomOpDomain(options, domain);
   return failed != nullptr ? failed : api.AddCustomOpDomain(options, int4_domain);
 }
