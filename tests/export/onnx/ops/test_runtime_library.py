@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -192,3 +193,30 @@ def test_no_library(library, tmp_path, monkeypatch):
     subprocess.run([compiler, "-shared", "-fPIC", "-o", str(old), str(source)], check=True)
     with pytest.raises(UserError, match=r"old.so is of another version: build it again"):
         choose(old, units(library), CPU)
+
+
+# Registers the library twice, with a table of functions that do nothing and two versions of it; prints what the second said.
+TWO_VERSIONS = """
+import ctypes, sys
+
+Nothing = ctypes.CFUNCTYPE(ctypes.c_void_p)
+nothing = Nothing(lambda: None)
+said = []
+status = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p)(lambda code, text: said.append(text.decode()) or 1)
+table = (ctypes.c_void_p * 512)(*[ctypes.cast(nothing, ctypes.c_void_p).value] * 512)
+table[0] = ctypes.cast(status, ctypes.c_void_p).value
+library = ctypes.CDLL(sys.argv[1])
+library.RegisterCustomOps.restype = ctypes.c_void_p
+for version in (b"1.31.0", b"1.31.0", b"1.31.1"):
+    api = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_uint32)(lambda _: ctypes.addressof(table))
+    name = ctypes.CFUNCTYPE(ctypes.c_void_p)(lambda text=ctypes.c_char_p(version): ctypes.cast(text, ctypes.c_void_p).value)
+    base = (ctypes.c_void_p * 2)(*(ctypes.cast(function, ctypes.c_void_p).value for function in (api, name)))
+    print(library.RegisterCustomOps(None, base), said)
+"""
+
+
+def test_two_versions_in_one_process(library):
+    """Its kernels call the functions of the one that came first."""
+    done = subprocess.run([sys.executable, "-c", TWO_VERSIONS, library], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[:2] == ["None []"] * 2
+    assert "1 ['the library of domain ir serves ONNX Runtime 1.31.0 in this process, this is 1.31.1" in done.stdout
