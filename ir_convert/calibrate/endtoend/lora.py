@@ -1,7 +1,6 @@
 """The published recipe's last, optional stage: low-rank changes of base weights, trained under a routing that stays fixed."""
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,7 +16,7 @@ from .train import Descent, Trace
 from .workers import Workers
 
 LORA = Descent(steps=2000, batch=16, lr=2e-4)
-PROJECTIONS = ("q_proj", "v_proj", "gate_proj")
+PROJECTIONS, ALPHA = ("q_proj", "v_proj", "gate_proj"), 32.0
 
 
 class Adapted(nn.Module):
@@ -88,14 +87,10 @@ def train_lora(
     threshold: float,
     kv_cache: str = "full",
     rank: int = 16,
-    alpha: float = 32.0,
-    projections: tuple[str, ...] = PROJECTIONS,
     descent: Descent = LORA,
-    dtype: torch.dtype = torch.float32,
     gradient_checkpointing: bool = False,
     seed: int = 0,
     device: torch.device | str = "cpu",
-    accelerator: Accelerator | None = None,
     report: Reporter | None = None,
 ) -> tuple[Lora, Trace]:
     """Adapts base weights to a routing: LM cross-entropy, everything else frozen (arXiv 2510.13831: r 16, alpha 32, lr 2e-4).
@@ -107,7 +102,7 @@ def train_lora(
         units: forecasters and routers, frozen.
         fit_blocks: token blocks ``[blocks, sequence]``, the same on every process.
         threshold: execute where score > threshold.
-        projections: which of each layer's projections change.
+        rank: of the changes to each layer's ``PROJECTIONS``.
 
     Returns:
         The changes, as ``Routing.lora`` has them (fp32, CPU; the scale is in B), and what the stage saw.
@@ -115,13 +110,12 @@ def train_lora(
     Raises:
         UserError: the loss is NaN or infinite, or the processes cannot share a batch.
     """
-    workers = Workers(accelerator, device)
-    adapters = Adapters(checkpoint, projections, rank, alpha, seed)
+    workers = Workers(device)
+    adapters = Adapters(checkpoint, PROJECTIONS, rank, ALPHA, seed)
     model = RoutedModel(
         checkpoint,
         units,
         kv_cache=kv_cache,
-        dtype=dtype,
         device=workers.device,
         gradient_checkpointing=gradient_checkpointing,
         adapt=adapters.adapt,

@@ -9,39 +9,32 @@ from torch.nn import functional as F
 
 from ...flops import Budget, Key
 from ...progress import Reporter
-from ..foreign import begin_alike
 from .gates import Gates, logistic_noise
 from .model import RoutedModel
 from .train import Descent, Trace, batches, cut, descend
 from .workers import Workers
 
-IGNORED = -100
-
 
 @dataclass(frozen=True)
 class Objective:
     """Attributes:
-    labels: the next-token targets ``[blocks, sequence]`` (position t is predicted from what precedes it), -100 where none
-        counts; None: the text itself.
-    distil: instead of the labels, KL(dense || routed) of the next-token distributions, where a label counts.
+    distil: instead of the text's cross-entropy, KL(dense || routed) of the next-token distributions.
     sparsity: share of FLOPs to save; None: no penalty.
     penalty: weight of |sparsity - share of FLOPs saved|, in nats.
     """
 
-    labels: Tensor | None = None
     distil: bool = False
     sparsity: float | None = None
     penalty: float = 8.0
 
 
-def prediction_loss(logits: Tensor, labels: Tensor, dense: Tensor | None) -> Tensor:
-    """Returns the summed loss in nats of ``logits[batch, sequence, vocabulary]`` against labels or the dense model's logits."""
-    logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+def prediction_loss(logits: Tensor, ids: Tensor, dense: Tensor | None) -> Tensor:
+    """Returns the summed loss in nats of ``logits[batch, sequence, vocabulary]`` against the text or the dense model's logits."""
+    logits = logits[:, :-1].flatten(0, 1)
     if dense is None:
-        return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+        return F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum")
     target = F.log_softmax(dense[:, :-1].flatten(0, 1), -1)
-    divergence = F.kl_div(F.log_softmax(logits, -1), target, log_target=True, reduction="none").sum(-1)
-    return divergence[labels != IGNORED].sum()
+    return F.kl_div(F.log_softmax(logits, -1), target, log_target=True, reduction="none").sum(-1).sum()
 
 
 def share_saved(gates: dict[Key, Tensor], budget: Budget) -> Tensor:
@@ -72,17 +65,14 @@ def train_routed(
         seed: of the batches and the gates' noise, which is drawn for the whole batch: the number of processes is not seen.
     """
     generator = torch.Generator().manual_seed(seed)
-    labels = blocks if objective.labels is None else objective.labels
-    labels = cut(labels, descent.length, begin_alike(blocks))
     blocks = cut(blocks, descent.length)
     order, parts = batches(len(blocks), descent, generator), workers.rows(descent.batch, descent.micro_batch)
     keys = list(budget.overhead)
 
     def compute(step: int) -> Tensor:
-        gates, rows = rule(step / max(1, descent.steps - 1)), order[step]
-        ids, targets = blocks[rows], labels[rows]
+        gates, ids = rule(step / max(1, descent.steps - 1)), blocks[order[step]]
         noise = logistic_noise((len(keys), *ids.shape), generator) if gates.rule == "gumbel" else None
-        counted = int((targets[:, 1:] != IGNORED).sum())
+        predicted = ids[:, 1:].numel()
         figures = torch.zeros(3, device=workers.device)
 
         def run(part: slice) -> tuple[Tensor, Tensor]:
@@ -102,9 +92,7 @@ def train_routed(
                     dense = model(ids[part].to(workers.device), Gates("dense")).logits
             logits, saved = run(part)
             # The mean over processes of these is the batch's mean over tokens.
-            language = (
-                prediction_loss(logits, targets[part].to(workers.device), dense) * workers.count / max(1, counted)
-            )
+            language = prediction_loss(logits, ids[part].to(workers.device), dense) * workers.count / predicted
             loss = language
             if objective.sparsity is not None:
                 # All processes see the sparsity of all; the gradient is of one's own part.

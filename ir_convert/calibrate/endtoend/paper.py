@@ -2,7 +2,7 @@
 
 Published for Llama-3.1-8B, and the defaults here: forecasters by SmoothL1 on the unit's output, 2000 steps, lr 1e-3 on a
 cosine, length 128; routers by hard Gumbel-softmax, straight-through, temperature 5 -> 1, LM cross-entropy + 8 |(1 - sparsity)
-- mean gate|, 2000 steps of 16 x 2048 tokens, lr 2e-3. Three things differ. The budget is the share of FLOPs saved, forecaster
+- mean gate|, 2000 steps of 16 x 2048 tokens, lr 2e-3. (``recipes.py`` passes smaller batches, and rates for them.) Three things differ. The budget is the share of FLOPs saved, forecaster
 and router cost subtracted, in place of the plain share of decisions, so that an asked sparsity means the same for every recipe.
 Routers have the shape of ``units.py`` and read norm(x). And at inference the sign of score - threshold decides, not a sample:
 noisy gates and that rule save different shares, so callers must set the threshold on held-out text; it is near 0.
@@ -11,7 +11,6 @@ noisy gates and that rule save different shares, so callers must set the thresho
 from collections.abc import Mapping
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PretrainedConfig
@@ -51,13 +50,9 @@ def train_paper(
     greedy: bool = False,
     forecasters: Descent = FORECASTERS,
     routers: Descent = ROUTERS,
-    penalty: float = PENALTY,
-    temperatures: tuple[float, float] = TEMPERATURES,
-    dtype: torch.dtype = torch.float32,
     gradient_checkpointing: bool = False,
     seed: int = 0,
     device: torch.device | str = "cpu",
-    accelerator: Accelerator | None = None,
     report: Reporter | None = None,
 ) -> tuple[Units, list[Trace]]:
     """Trains forecasters and routers.
@@ -69,11 +64,7 @@ def train_paper(
         sparsity: the share of FLOPs to save, in the units of ``flops.py``.
         greedy: the baseline without forecasts: approximating skips, and ranks are taken as 0.
         forecasters, routers: how the two stages descend.
-        penalty: weight of the distance from the asked sparsity, in nats.
-        temperatures: of the straight-through gradient, from the first router step to the last, linearly.
-        dtype: of the base model.
         seed: the same seed gives the same result, bit for bit on one CPU process.
-        accelerator: whose processes share the work; by default, those that ``accelerate launch`` started.
 
     Returns:
         Forecasters and routers (fp32, CPU), and what each stage saw.
@@ -81,7 +72,7 @@ def train_paper(
     Raises:
         UserError: a loss is NaN or infinite, or the processes cannot share a batch.
     """
-    workers = Workers(accelerator, device)
+    workers = Workers(device)
     reporter = workers.reporter(report)
     if greedy:
         shapes = {key: (0, width) for key, (_, width) in shapes.items()}
@@ -91,7 +82,6 @@ def train_paper(
         checkpoint,
         units,
         kv_cache=kv_cache,
-        dtype=dtype,
         device=workers.device,
         gradient_checkpointing=gradient_checkpointing,
         shard=workers.shard(),
@@ -99,13 +89,13 @@ def train_paper(
     traces = []
     if not greedy:
         traces.append(_fit_forecasters(model, fit_blocks, forecasters, seed, workers, reporter))
-    first, last = temperatures
+    first, last = TEMPERATURES  # of the straight-through gradient, linearly over the steps
     trace = train_routed(
         "routers",
         model,
         [(model.trainable("router"), routers.lr)],
         fit_blocks,
-        Objective(sparsity=sparsity, penalty=penalty),
+        Objective(sparsity=sparsity, penalty=PENALTY),
         lambda progress: Gates("gumbel", temperature=first + (last - first) * progress),
         routers,
         budget=budget,

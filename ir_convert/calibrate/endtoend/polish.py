@@ -1,7 +1,6 @@
 """A few end-to-end steps from a calibrated routing, under the deterministic rule that will run: no noise, a fixed threshold."""
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from ...checkpoint import Checkpoint
@@ -27,16 +26,12 @@ def train_polish(
     kv_cache: str = "full",
     descent: Descent = POLISH,
     forecaster_lr: float = 0.0,
-    detach: bool = True,
     temperature: float = 1.0,
     penalty: float = 8.0,
     distil: bool = False,
-    labels: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
     gradient_checkpointing: bool = False,
     seed: int = 0,
     device: torch.device | str = "cpu",
-    accelerator: Accelerator | None = None,
     report: Reporter | None = None,
 ) -> tuple[Units, Trace]:
     """Trains routers, and forecasters if asked, through the whole model.
@@ -48,10 +43,9 @@ def train_polish(
         sparsity: the share of FLOPs that the penalty holds.
         descent: how; ``lr`` is the routers'.
         forecaster_lr: of the forecasters; 0 leaves them as they are.
-        detach: where forecasters train, no gradient passes through gates into hidden states (see ``Gates.into_stream``).
         temperature: of the straight-through gradient, in units of the scores.
         penalty: weight of |sparsity - share of FLOPs saved|, in nats.
-        distil, labels: what the predictions are judged by, see ``Objective``; by default the text.
+        distil: judge predictions by the dense model's, not by the text; see ``Objective``.
 
     Returns:
         New units (fp32, CPU), and what the stage saw. Set the threshold again on held-out text.
@@ -59,12 +53,11 @@ def train_polish(
     Raises:
         UserError: the loss is NaN or infinite, or the processes cannot share a batch.
     """
-    workers = Workers(accelerator, device)
+    workers = Workers(device)
     model = RoutedModel(
         checkpoint,
         units,
         kv_cache=kv_cache,
-        dtype=dtype,
         device=workers.device,
         gradient_checkpointing=gradient_checkpointing,
         shard=workers.shard(),
@@ -72,13 +65,13 @@ def train_polish(
     groups = [(model.trainable("router"), descent.lr)]
     if forecaster_lr:
         groups.append((model.trainable("forecaster"), forecaster_lr))
-    gates = Gates("straight_through", threshold, temperature, into_stream=not (detach and forecaster_lr))
+    gates = Gates("straight_through", threshold, temperature, into_stream=not forecaster_lr)
     trace = train_routed(
         "polish",
         model,
         groups,
         fit_blocks,
-        Objective(labels, distil, sparsity, penalty),
+        Objective(distil, sparsity, penalty),
         lambda _: gates,
         descent,
         budget=Budget.of(checkpoint.config, units, kv_cache),

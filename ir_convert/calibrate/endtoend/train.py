@@ -53,16 +53,14 @@ class Trace:
     saved: list[float] = field(default_factory=list)
 
 
-def cut(blocks: Tensor, length: int | None, begun: bool | None = None) -> Tensor:
+def cut(blocks: Tensor, length: int | None) -> Tensor:
     """Cuts blocks ``[count, sequence]`` into shorter ones ``[more, length]``; a remainder is dropped.
 
-    Args:
-        begun: whether each begins with a token that is not of the text (BOS), as each shorter one then does; None: where all
-            begin with the same.
+    Where all begin with the same token, which is not of the text then (BOS), each shorter one does.
     """
     if length is None or length >= blocks.shape[1]:
         return blocks
-    first = blocks[:, :1] if (begin_alike(blocks) if begun is None else begun) else blocks[:, :0]
+    first = blocks[:, : int(begin_alike(blocks))]
     body = length - first.shape[1]
     pieces = blocks[:, first.shape[1] :].unfold(1, body, body)  # [count, pieces, body]
     return torch.cat([first.unsqueeze(1).expand(-1, pieces.shape[1], -1), pieces], dim=2).flatten(0, 1)

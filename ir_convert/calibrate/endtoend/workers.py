@@ -18,23 +18,20 @@ from ...progress import Reporter, Silent
 
 
 class Workers:
-    """The processes, seen from one of them.
+    """The processes that ``accelerate launch`` started, seen from one of them.
 
     Args:
-        accelerator: whose processes these are; by default one is created, for the processes that ``accelerate launch`` started.
         device: where a lone process computes; one of several computes where its accelerator says.
-        fsdp: shard the frozen weights; by default if the launcher was told so. (accelerate itself knows FSDP on accelerators
-            only: on CPUs it leaves ``distributed_type`` at ``MULTI_CPU``.)
     """
 
-    def __init__(self, accelerator: Accelerator | None, device: torch.device | str, fsdp: bool | None = None) -> None:
+    def __init__(self, device: torch.device | str) -> None:
         device = torch.device(device)
-        self._accelerator = accelerator or Accelerator(cpu=device.type == "cpu")
+        self._accelerator = Accelerator(cpu=device.type == "cpu")
         self.count, self.index = self._accelerator.num_processes, self._accelerator.process_index
         self.device = device if self.count == 1 else self._accelerator.device
-        if fsdp is None:
-            fsdp = self._accelerator.distributed_type == DistributedType.FSDP
-            fsdp = fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+        fsdp = self._accelerator.distributed_type == DistributedType.FSDP
+        # accelerate itself knows FSDP on accelerators only: on CPUs it leaves the type at MULTI_CPU.
+        fsdp = fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
         self._fsdp = fsdp and self.count > 1
 
     def reporter(self, report: Reporter | None) -> Reporter:
