@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from models import save_random
@@ -252,6 +253,16 @@ def test_generate(artifact, run, converted):
         for seed in (0, 0, 1)
     ]
     assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_the_cards_example_runs(converted, monkeypatch):
+    folder = converted.folder / "ir-tiny"
+    monkeypatch.chdir(folder)
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text("utf-8"), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code.replace("2000", "20"), names)
+    assert names["model"].config.sparsity == converted.routing.sparsity
+    assert 0 < names["seen"].sparsity < 1
 
 
 def test_generate_from_bytes_that_are_no_text(run, converted):

@@ -36,6 +36,17 @@ def run(heading, folder, monkeypatch, capsys) -> str:
     return capsys.readouterr().out
 
 
+def test_own_runtime(served, monkeypatch, capsys):
+    folder, _, _ = served
+    lines = run("ONNX Runtime, with `ir_convert.runtime`", folder, monkeypatch, capsys).splitlines()
+    assert len(lines) == NEW
+    assert all("% saved" in line for line in lines)
+    model = OnnxModel.load(folder / "served", sparsity=0.3)
+    alone = model.tokenizer([PROMPT], return_tensors="np")["input_ids"]
+    first = [model.tokenizer.decode(token) for token in model.generate(alone, max_new_tokens=NEW)]
+    assert [line.startswith(f"[{text!r}, ") for text, line in zip(first, lines, strict=True)] == [True] * NEW
+
+
 def test_onnx_runtime(served, monkeypatch, capsys):
     folder, text, _ = served
     assert run("ONNX Runtime", folder, monkeypatch, capsys).rstrip("\n") == text.rstrip("\n")

@@ -1,13 +1,17 @@
 """The model card: what the checkpoint is, how to load it, what it saves."""
 
+import math
+
 from ir_convert.checkpoint import Checkpoint
 from ir_convert.decoder import attention_kernel
+from ir_convert.families import UNITS
 from ir_convert.routing import Routing
 
 
 def model_card(checkpoint: Checkpoint, routing: Routing) -> str:
     """Returns the README.md of a checkpoint. The license is the base model's and left to its author."""
-    base = checkpoint.hub_id
+    base, most = checkpoint.hub_id, math.floor(routing.curve.sparsity[-1] * 1000) / 1000
+    dial = routing.sparsity or math.floor(most * 50) / 100
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -18,21 +22,22 @@ pipeline_tag: text-generation
 
 # {base or "A language model"} with informed routing
 
-For every token, every attention and MLP unit of this model is either run or replaced by a cheap forecast of its output.
+For every token, every {_kinds(routing)} of this model is either run or replaced by a cheap forecast of its output.
 Asked for: {routing.sparsity:.1%} of the decoder layers' linear FLOPs saved, forecasters and routers paid for
 (attention scores, embeddings and the head are not counted).
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+folder = "."  # this folder, or the repository's name on the Hub
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 
-model.set_sparsity(0.2)  # any share up to {routing.curve.sparsity[-1]:.3f}; 0 is the dense model
+model.set_sparsity({dial:g})  # any share up to {most:.3f}; 0 is the dense model
 with model.routing_statistics() as seen:
     model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=20)
 print(seen.sparsity, seen.decisions)  # shares of FLOPs and of decisions saved
-with model.hold_sparsity(0.2):  # moves the threshold, where the text drifts from the one it was measured on
+with model.hold_sparsity({dial:g}):  # moves the threshold, where the text drifts from the one it was measured on
     model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=2000)
 ```
 
@@ -45,6 +50,11 @@ gradient); `DistributedDataParallel` needs `find_unused_parameters=True`, for no
 
 Measured on held-out text at calibration. `routing.safetensors` holds the calibration itself, for other exports.
 """
+
+
+def _kinds(routing: Routing) -> str:
+    names = {"attention": "attention", "mlp": "MLP"}
+    return " and ".join(names[unit] for unit in UNITS if any(kind == unit for _, kind in routing.units)) + " unit"
 
 
 def _kernels(checkpoint: Checkpoint) -> str:

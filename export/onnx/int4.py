@@ -3,7 +3,8 @@
     weight[o, i] ~ scale[o, b] (q[o, i] - zero[o, b]),   q and zero in 0..15,  b = i // 32
 
 Weights alone are quantised, a tensor at a time; activations stay what they are (but see ``Int4.accuracy_level``). The
-rounding itself is onnxruntime's own, so a file from here equals one that its tools would have quantised.
+rounding itself is onnxruntime's own, so a file from here equals one that its tools would have quantised, but for blocks that a
+method spoils (``WORSE``).
 """
 
 import logging

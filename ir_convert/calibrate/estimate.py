@@ -20,6 +20,9 @@ from .router import STEPS as ROUTER_STEPS
 # both measurements; dense and routed.
 FIT_PASSES, THRESHOLD_PASSES, TEST_PASSES = 4 + 2 * PROBES, 20, 2
 LOGITS_COPIES = 7  # the probes' and what is computed from them
+SOLVE_MATRICES = (
+    7  # d x d in float64 while a unit is solved: two moments, two covariances, identity, what is factored, factor
+)
 QUANTISED_BYTES = 0.7  # of an int4 weight: 4 bits, and its share of a block's fp32 scale and zero point
 
 
@@ -63,7 +66,7 @@ def estimate(
     flops += 2 * head * (fit * (1 + 2 * PROBES) + 2 * test)
 
     tall = 4 * fit * d * units * (2 + PROBES)  # inputs, outputs and gradients of one layer's units
-    small = 16 * d * d * units + 4 * 2 * stored  # statistics; weights, twice while they are read
+    small = 8 * SOLVE_MATRICES * d * d + 4 * 2 * stored  # weights are there twice while they are read
     logits = 4 * min(blocks.test.shape[1] * config.vocab_size, LOGITS)
     memory = 5 * 10**8 + max(tall + small, 4 * head + tall // 4 + LOGITS_COPIES * logits)
     if options.recipe != "local" or options.polish:

@@ -80,6 +80,8 @@ def test_recipe(name, family, tmp_path, monkeypatch):
     card = (folder / "README.md").read_text("utf-8")
     assert f"| FLOPs saved | | {routing.metadata['test']['sparsity']:.1%} |" in card
     assert f"| decisions approximated | | {routing.metadata['test']['decisions']:.1%} |" in card
+    kinds = " and ".join({"attention": "attention", "mlp": "MLP"}[unit] for unit in options.units)
+    assert f"For every token, every {kinds} unit of this model" in card
     ids = random_blocks(seed=5).test
     with torch.no_grad():
         exported = hf.load(folder, dtype=torch.float32).eval()(input_ids=ids).logits
