@@ -29,6 +29,8 @@ CONVERSIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("int4, calibrated on int4", {"int4": True, "calibrate_quantised": True}),
 )
 
+CLOSE, TRIES = 0.001, 8
+
 
 def perplexity(model: OnnxModel, ids: torch.Tensor, threshold: float) -> tuple[float, float]:
     """Returns the perplexity per token of blocks ``[blocks, length]``, and the share of FLOPs saved."""
@@ -39,6 +41,17 @@ def perplexity(model: OnnxModel, ids: torch.Tensor, threshold: float) -> tuple[f
         loss += float(F.cross_entropy(logits, row[1:]))
         saved += model.saved
     return math.exp(loss / len(ids)), saved / len(ids)
+
+
+def at_exactly(model: OnnxModel, ids: torch.Tensor, sparsity: float) -> tuple[float, float]:
+    """Returns the same at the threshold that saves what is asked on these very blocks."""
+    aim = sparsity
+    for _ in range(TRIES):
+        routed, saved = perplexity(model, ids, model.curve.at(aim))
+        if abs(saved - sparsity) < CLOSE:
+            return routed, saved
+        aim += sparsity - saved
+    raise SystemExit(f"no threshold saves {sparsity:.1%} here: the last one tried saved {saved:.1%}")
 
 
 def main() -> None:
@@ -56,7 +69,9 @@ def main() -> None:
     ids = read_text(Path(args.text), checkpoint, args.test_tokens)
     blocks = read_blocks([Source(args.calibration)], checkpoint.tokenizer, args.tokens)
     rows = []
-    print(f"{'ONNX model':<28}{'weights, MB':>12}{'dense ppl':>11}{'routed ppl':>12}{'saved':>8}")
+    print(
+        f"{'ONNX model':<28}{'weights, MB':>12}{'dense ppl':>11}{'routed ppl':>12}{'saved':>8}{'at exactly':>12}{'saved':>8}"
+    )
     with tempfile.TemporaryDirectory() as folder:
         for index, (name, options) in enumerate(CONVERSIONS):
             out = Path(folder) / str(index) / "model.onnx"
@@ -68,9 +83,14 @@ def main() -> None:
             model = OnnxModel.load(out)
             dense, _ = perplexity(model, ids, -math.inf)
             routed, saved = perplexity(model, ids, float(model.metadata["threshold"]))
+            exact, exactly = at_exactly(model, ids, args.sparsity)
             size = out.with_name("model.onnx.data").stat().st_size
-            rows.append({"name": name, "bytes": size, "dense": dense, "routed": routed, "saved": saved})
-            print(f"{name:<28}{size / 1e6:>12.2f}{dense:>11.2f}{routed:>12.2f}{saved:>8.3f}", flush=True)
+            row = {"name": name, "bytes": size, "dense": dense, "routed": routed, "saved": saved}
+            rows.append(row | {"exact": {"routed": exact, "saved": exactly}})
+            print(
+                f"{name:<28}{size / 1e6:>12.2f}{dense:>11.2f}{routed:>12.2f}{saved:>8.3f}{exact:>12.2f}{exactly:>8.3f}",
+                flush=True,
+            )
     setting = describe(checkpoint, {"text": Path(args.text)}, {"text": ids}, blocks, "cpu")
     result = {"command": command_line(), "setting": setting, "sparsity": args.sparsity, "rows": rows}
     path = args.json or ROOT / "benchmarks" / "results" / f"precision-{Path(args.model).name}.json"
