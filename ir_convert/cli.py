@@ -8,7 +8,7 @@ from rich.console import Console
 
 from . import __version__
 from .choices import INT4_METHODS, KV_CACHES, LOGITS, RECIPES, TARGETS
-from .errors import UserError
+from .errors import UserError, one_line
 
 FILE = click.Path(path_type=Path)
 SEED = click.IntRange(0, 2**32 - 1)
@@ -187,7 +187,7 @@ def main() -> None:
     except UserError as error:
         _fail(str(error))
     except OSError as error:  # a folder closed to us, a full disk
-        _fail(f"{error.filename or 'cannot write'}: {error.strerror}" if error.strerror else str(error))
+        _fail(f"{error.filename or 'cannot write'}: {error.strerror}" if error.strerror else one_line(error))
 
 
 def _fail(message: str) -> None:
