@@ -1,6 +1,7 @@
 """The command line: ``ir-convert MODEL --out PATH`` and ``ir-convert generate ARTIFACT PROMPT``."""
 
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import click
@@ -159,11 +160,11 @@ def generate(artifact: Path, prompt: str, **options: object) -> None:
     from .generate import generate as stream
 
     prompt = prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # a terminal may send other bytes
-    pieces = stream(artifact, prompt, **options)  # type: ignore[arg-type]
-    click.echo(prompt, nl=False)
-    for text in pieces:
-        click.echo(text, nl=False)
-    click.echo()
+    with closing(stream(artifact, prompt, **options)) as pieces:  # type: ignore[arg-type]
+        click.echo(prompt, nl=False)
+        for text in pieces:
+            click.echo(text, nl=False)
+        click.echo()
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Continues a prompt with either artifact."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from queue import Queue
 from threading import Thread
@@ -27,7 +27,7 @@ def generate(
     sparsity: float | None = None,
     temperature: float = 0.0,
     seed: int = 0,
-) -> Iterator[str]:
+) -> Generator[str, None, None]:
     """Yields the prompt's continuation piece by piece.
 
     Args:
@@ -60,7 +60,7 @@ def generate(
 
 def _onnx(
     path: Path, prompt: str, max_new_tokens: int, sparsity: float | None, temperature: float, seed: int
-) -> Iterator[str]:
+) -> Generator[str, None, None]:
     from .runtime import OnnxModel
 
     model = OnnxModel.load(path, sparsity=sparsity)
@@ -71,7 +71,7 @@ def _onnx(
 
 def _hugging_face(
     folder: Path, prompt: str, max_new_tokens: int, sparsity: float | None, temperature: float, seed: int
-) -> Iterator[str]:
+) -> Generator[str, None, None]:
     from .export import hf
 
     transformers.utils.logging.disable_progress_bar()
@@ -97,19 +97,28 @@ def _hugging_face(
     def run() -> None:
         try:
             model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **sampling)
+        except _UnheardError:
+            pass
         except BaseException as error:
             failures.append(error)
             streamer.end()
 
-    def stream() -> Iterator[str]:
+    def stream() -> Generator[str, None, None]:
         thread = Thread(target=run, daemon=True)
         thread.start()
-        yield from _pieces(tokenizer, inputs["input_ids"][0].tolist(), streamer)
-        thread.join()
+        try:
+            yield from _pieces(tokenizer, inputs["input_ids"][0].tolist(), streamer)
+        finally:  # also where the caller wants no more: torch must not be at work when the process ends
+            streamer.stopped = True
+            thread.join()
         if failures:
             raise failures[0]
 
     return stream()
+
+
+class _UnheardError(Exception):
+    """Ends a generation whose tokens nobody takes any more."""
 
 
 class _Tokens(BaseStreamer):
@@ -117,9 +126,11 @@ class _Tokens(BaseStreamer):
 
     def __init__(self) -> None:
         self._queue: Queue[int | None] = Queue()
-        self._prompt = True
+        self._prompt, self.stopped = True, False
 
     def put(self, value: torch.Tensor) -> None:
+        if self.stopped:
+            raise _UnheardError
         if not self._prompt:  # which comes first
             for token in value.flatten().tolist():
                 self._queue.put(token)
@@ -133,7 +144,9 @@ class _Tokens(BaseStreamer):
             yield token
 
 
-def _pieces(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], ids: Iterable[int]) -> Iterator[str]:
+def _pieces(
+    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], ids: Iterable[int]
+) -> Generator[str, None, None]:
     """Decodes a stream of tokens as what follows a prompt; a character that spans tokens waits until it is whole."""
 
     def decode() -> str:

@@ -265,6 +265,27 @@ def test_the_cards_example_runs(converted, monkeypatch):
     assert 0 < names["seen"].sparsity < 1
 
 
+@pytest.mark.parametrize("artifact", ["ir-tiny", "onnx/ir-tiny.onnx"])
+def test_a_reader_that_goes_away(artifact, converted):
+    """As ``| head`` does: the process ends of itself, and says nothing."""
+    command = [
+        sys.executable,
+        "-m",
+        "ir_convert",
+        "generate",
+        converted.folder / artifact,
+        "def f",
+        "--max-new-tokens",
+        "200",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.read(5)
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == (b"", 1)
+
+
 def test_generate_from_bytes_that_are_no_text(run, converted):
     for artifact in ("ir-tiny", "onnx/ir-tiny.onnx"):
         code, _, err = run("generate", converted.folder / artifact, "def \udce4", "--max-new-tokens", 2)
