@@ -10,7 +10,6 @@ text, so that they compare at equal work; ``set`` is what the calibration's own 
 
 import argparse
 import importlib
-import json
 import math
 import time
 from ast import literal_eval
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 from quality_measure import CLOSE, Routed, figures, interpolate, saved_on, seek
 from quality_methods import thresholded
-from quality_setting import read_text
+from quality_setting import read_text, save
 
 from ir_convert.calibrate import Options
 from ir_convert.calibrate.recipes import fit
@@ -96,9 +95,8 @@ def main() -> None:
             line = "  ".join(f"{figure} {value:.4g}" for figure, value in values.items())
             print(f"{row['change']:<40} {name:<24} {line}  fit {row['fit_seconds']:.0f} s", flush=True)
         if args.out:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
             settings = {name: str(value) for name, value in vars(args).items()}
-            args.out.write_text(json.dumps({"settings": settings, "rows": rows}, indent=2) + "\n")
+            save(args.out, {"settings": settings, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ blocks of 256 tokens, from a cold start on that text.
 """
 
 import argparse
-import json
 import math
 import tempfile
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality_setting import BLOCK, code_sha256, command_line, describe, parse_texts, read_text
+from quality_setting import BLOCK, code_sha256, command_line, describe, parse_texts, read_text, save
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -63,8 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
     wanted = [float(part) for part in args.sparsities.split(",")]
     records = measure_budget(checkpoint, routing, ids, wanted, args.device)
     out = args.out or RESULTS / f"budget-{config['model']['name']}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"config": config, "records": records}, indent=1) + "\n", "utf-8")
+    save(out, {"config": config, "records": records})
     print_table(records)
 
 

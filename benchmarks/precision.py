@@ -6,7 +6,6 @@ python benchmarks/precision.py examples/tiny-llama --calibration calibration.txt
 """
 
 import argparse
-import json
 import math
 import tempfile
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 from from_source import ROOT
-from quality_setting import command_line, describe, read_text
+from quality_setting import command_line, describe, read_text, save
 from torch.nn import functional as F
 
 from ir_convert.checkpoint import Checkpoint
@@ -94,7 +93,7 @@ def main() -> None:
     setting = describe(checkpoint, {"text": Path(args.text)}, {"text": ids}, blocks, "cpu")
     result = {"command": command_line(), "setting": setting, "sparsity": args.sparsity, "rows": rows}
     path = args.json or ROOT / "benchmarks" / "results" / f"precision-{Path(args.model).name}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    save(path, result)
 
 
 if __name__ == "__main__":

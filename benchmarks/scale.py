@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from quality_setting import processor
+from quality_setting import processor, save
 from speed_models import Shape, write_checkpoint
 from transformers import PretrainedConfig
 
@@ -130,8 +130,7 @@ def main() -> None:
     }
     print(json.dumps(result, indent=2))
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
+        save(args.out, result)
 
 
 if __name__ == "__main__":

@@ -172,10 +172,7 @@ def main() -> None:
     arguments = sys.argv[1:]
     command = generate if arguments[:1] == ["generate"] else convert
     try:
-        if command is generate:
-            generate.main(arguments[1:], "ir-convert generate", standalone_mode=False)
-        else:
-            convert.main(arguments, "ir-convert", standalone_mode=False)
+        command.main(arguments[1:] if command is generate else arguments, command.name, standalone_mode=False)
     except click.exceptions.Exit as done:
         sys.exit(done.exit_code)
     except click.exceptions.Abort:

@@ -5,6 +5,11 @@ class UserError(Exception):
     """Says in one line what is wrong, which value, and what to do about it."""
 
 
+def reason(error: BaseException) -> str:
+    """Returns what the system says of a failed call, or the exception's one line."""
+    return getattr(error, "strerror", None) or one_line(error)
+
+
 def one_line(error: BaseException) -> str:
     """Returns the first line of what an exception says, with what it announces there, or its type."""
     first, *rest = (str(error).strip() or type(error).__name__).splitlines()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import Checkpoint
-from .errors import UserError
+from .errors import UserError, reason
 from .outputs import Output
 from .routing import Routing
 from .stream import Team, Work
@@ -79,7 +79,7 @@ class Job:
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = path.open("w")
         except OSError as error:
-            raise UserError(f"cannot write {output.path}: {error.strerror or error}") from error
+            raise UserError(f"cannot write {output.path}: {reason(error)}") from error
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when the process ends, however it ends

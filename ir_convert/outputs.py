@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from .checkpoint import COPIED, INDEX, SINGLE, Checkpoint, shards_of
-from .errors import UserError, one_line
+from .errors import UserError, reason
 from .files import expanded
 
 LONGEST = 200  # of a name: most file systems have 255 bytes, and what lies beside an output has its name and more
@@ -131,8 +131,7 @@ class Output:
                 for file in sorted(partial.iterdir(), key=lambda file: file.name == self.path.name):
                     file.replace(self.path.parent / file.name)
         except (OSError, SafetensorError) as error:
-            why = getattr(error, "strerror", None) or one_line(error)
-            raise UserError(f"cannot write {self.path}: {why}") from error
+            raise UserError(f"cannot write {self.path}: {reason(error)}") from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         return size

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from .checkpoint import Lora
 from .errors import UserError
 from .files import require_readable, sync
-from .flops import require_share
+from .flops import require_share, within_reach
 from .units import Units, units_from_tensors, units_to_tensors
 
 FORMAT = 2
@@ -45,7 +45,7 @@ class Curve:
             return -math.inf
         if sparsity > self.sparsity[-1] + 1e-9:
             raise UserError(
-                f"sparsity {sparsity:g} is out of reach; this routing reaches {math.floor(self.sparsity[-1] * 1000) / 1000:.3f}"
+                f"sparsity {sparsity:g} is out of reach; this routing reaches {within_reach(self.sparsity[-1]):.3f}"
             )
         return float(np.float32(np.interp(sparsity, self.sparsity, self.threshold)))
 

@@ -5,12 +5,13 @@ import math
 from ir_convert.checkpoint import Checkpoint
 from ir_convert.decoder import attention_kernel
 from ir_convert.families import UNITS
+from ir_convert.flops import within_reach
 from ir_convert.routing import Routing
 
 
 def model_card(checkpoint: Checkpoint, routing: Routing) -> str:
     """Returns the README.md of a checkpoint. The license is the base model's and left to its author."""
-    base, most = checkpoint.hub_id, math.floor(routing.curve.sparsity[-1] * 1000) / 1000
+    base, most = checkpoint.hub_id, within_reach(routing.curve.sparsity[-1])
     dial = routing.sparsity or math.floor(most * 50) / 100
     return f"""---
 library_name: transformers

@@ -14,6 +14,7 @@ from ..checkpoint import Checkpoint
 from ..data import Blocks
 from ..errors import UserError
 from ..evaluate import Measured, Quality, measure
+from ..flops import within_reach
 from ..progress import Reporter, Silent
 from ..routing import Curve, Routing
 from ..stream import Team, Work
@@ -87,7 +88,7 @@ def check_reachable(checkpoint: Checkpoint, options: Options) -> None:
     if options.sparsity > reachable:
         raise UserError(
             f"sparsity {options.sparsity:g} is out of reach for this model: approximating every routed unit saves "
-            f"{max(0, math.floor(reachable * 1000) / 1000):.3f} of the FLOPs (what always runs, forecasters and routers cost their share)"
+            f"{max(0, within_reach(reachable)):.3f} of the FLOPs (what always runs, forecasters and routers cost their share)"
         )
 
 

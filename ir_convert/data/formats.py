@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from ..errors import UserError, one_line
+from ..errors import UserError, one_line, reason
 from .pieces import Piece, Pieces, document, no_such_field
 
 CHUNK = 65536
@@ -169,7 +169,5 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or one_line(error)
-        raise UserError(
-            f"cannot read the calibration text {getattr(error, 'filename', None) or path}: {reason}"
-        ) from error
+        file = getattr(error, "filename", None) or path
+        raise UserError(f"cannot read the calibration text {file}: {reason(error)}") from error

@@ -2,10 +2,11 @@
 
 Published for Llama-3.1-8B, and the defaults here: forecasters by SmoothL1 on the unit's output, 2000 steps, lr 1e-3 on a
 cosine, length 128; routers by hard Gumbel-softmax, straight-through, temperature 5 -> 1, LM cross-entropy + 8 |(1 - sparsity)
-- mean gate|, 2000 steps of 16 x 2048 tokens, lr 2e-3. (``recipes.py`` passes smaller batches, and rates for them.) Three things differ. The budget is the share of FLOPs saved, forecaster
-and router cost subtracted, in place of the plain share of decisions, so that an asked sparsity means the same for every recipe.
-Routers have the shape of ``units.py`` and read norm(x). And at inference the sign of score - threshold decides, not a sample:
-noisy gates and that rule save different shares, so callers must set the threshold on held-out text; it is near 0.
+- mean gate|, 2000 steps of 16 x 2048 tokens, lr 2e-3. (``recipes.py`` passes smaller batches, and rates for them.) Three
+things differ. The budget is the share of FLOPs saved, forecaster and router cost subtracted, in place of the plain share of
+decisions, so that an asked sparsity means the same for every recipe. Routers have the shape of ``units.py`` and read norm(x).
+And at inference the sign of score - threshold decides, not a sample: noisy gates and that rule save different shares, so
+callers must set the threshold on held-out text; it is near 0.
 """
 
 from collections.abc import Mapping
