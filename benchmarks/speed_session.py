@@ -29,6 +29,9 @@ NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 # The processor's own clock leaves out what other processes take of a busy core; it is of use with one thread only.
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 _ERRORS_ONLY, _NOTHING = 3, 4
+# Logits over the largest of them: int4 rounds activations to 8 bits, which alone makes 0.01 of another order of sums; a model
+# that sees the free places of a cache is 1 off.
+_ALIKE = 0.05
 _GRAPHS = itertools.count(1)
 
 
@@ -216,7 +219,7 @@ def supports_in_place(session: ort.InferenceSession, config: PretrainedConfig, d
             found.append(runner.logits().astype(np.float32))
     except Exception:  # onnxruntime's exceptions share no base class of their own
         return False
-    return bool(np.abs(found[1] - found[0]).max() <= 1e-3 * np.abs(found[0]).max())
+    return bool(np.abs(found[1] - found[0]).max() <= _ALIKE * np.abs(found[0]).max())
 
 
 @dataclass

@@ -10,7 +10,7 @@
 namespace ir::cpu::IR_LEVEL {
 
 inline constexpr int64_t kSlots = 96;  // of a block: a multiple of kRows
-inline constexpr int64_t kFew = 3;     // up to so many queries are taken one by one
+inline constexpr int kFew = 4;         // up to so many queries are taken for themselves
 
 // What a token sees: slots first .. end - 1, all of them or, with gaps, those that the mask shows.
 struct Range {
@@ -68,65 +68,75 @@ inline void accumulate(int64_t slots, int64_t rows, const float* weights, int64_
   }
 }
 
-inline float dot(const float* a, const float* b, int64_t n) {
-  Vector sums{};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) sums += load(a + i) * load(b + i);
-  float total = sum(sums);
-  for (; i < n; ++i) total += a[i] * b[i];
-  return total;
-}
-
 inline const float kHidden = -__builtin_inff();
 
-// One query: a score for each slot first, then one softmax over all.
-template <typename T, typename W>
-inline void attend_one(const Attention<T, W>& unit, const Group<T>& group, int64_t query) {
+// scores[q * step + i] = scale * (query q . key i); the queries lie side by side.
+template <int Q>
+inline void few_scores(const float* queries, const float* keys, int64_t slots, int64_t width, float scale, float* scores,
+                       int64_t step) {
+  for (int64_t i = 0; i < slots; ++i, keys += width) {
+    Vector sums[Q] = {};
+    int64_t k = 0;
+    for (; k + kLanes <= width; k += kLanes) {
+      const Vector key = load(keys + k);
+      fetch<kLanes * 4>(keys + k, kAhead);
+      for (int q = 0; q < Q; ++q) sums[q] += load(queries + q * width + k) * key;
+    }
+    for (int q = 0; q < Q; ++q) {
+      float total = sum(sums[q]);
+      for (int64_t rest = k; rest < width; ++rest) total += queries[q * width + rest] * keys[rest];
+      scores[q * step + i] = total * scale;
+    }
+  }
+}
+
+// Q queries of one token, from `query` on: a score for each slot first, then one softmax over all.
+template <int Q, typename T, typename W>
+inline void attend_few(const Attention<T, W>& unit, const Group<T>& group, int64_t query) {
   const int64_t width = unit.head_dim, step = up_to(width, kLanes);
   const int64_t place = (group.offset + query) / group.shared, head = group.head + (group.offset + query) % group.shared;
   const Range range = group.ranges[place];
   const bool* mask = range.gaps ? unit.mask + group.tokens[place] * unit.total : nullptr;
-  const float* q = group.queries + (place * unit.heads + head) * width;
-  const int64_t count = range.end - range.first;
-  float* scores = scratch(Use::kScores, up_to(most<int64_t>(count, kSlots), kLanes));
-  Vector highest = all(kHidden);
+  const float* queries = group.queries + (place * unit.heads + head) * width;
+  const int64_t count = range.end - range.first, room = up_to(most<int64_t>(count, kSlots), kLanes);
+  float* scores = scratch(Use::kScores, Q * room);
   for (int64_t first = 0; first < count; first += kSlots) {
     const int64_t slots = least(kSlots, count - first);
     const float* keys = block_of(group.keys, range.first + first, slots, width, width, Use::kKeys);
-    float* block = scores + first;
-    for (int64_t i = 0; i < slots; ++i) block[i] = dot(q, keys + i * width, width) * unit.scale;
-    for (int64_t i = slots; i % kLanes != 0; ++i) block[i] = kHidden;
-    for (int64_t i = 0; i < slots; i += kLanes) {
-      if (unit.softcap != 0.0F) store(block + i, all(unit.softcap) * tanh(load(block + i) / all(unit.softcap)));
+    few_scores<Q>(queries, keys, slots, width, unit.scale, scores + first, room);
+  }
+  Vector shares[Q] = {};
+  for (int q = 0; q < Q; ++q) {
+    float* row = scores + q * room;
+    for (int64_t i = count; i % kLanes != 0; ++i) row[i] = 0.0F;
+    if (unit.softcap != 0.0F)
+      for (int64_t i = 0; i < count; i += kLanes)
+        store(row + i, all(unit.softcap) * tanh(load(row + i) / all(unit.softcap)));
+    if (mask != nullptr || group.kept != nullptr)
+      for (int64_t i = 0; i < count; ++i)
+        if ((mask != nullptr && !mask[range.first + i]) || (group.kept != nullptr && !group.kept[range.first + i])) row[i] = kHidden;
+    for (int64_t i = count; i % kLanes != 0; ++i) row[i] = kHidden;
+    Vector highest = all(kHidden);
+    for (int64_t i = 0; i < count; i += kLanes) highest = larger(highest, load(row + i));
+    const float peak = largest(highest);
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const Vector p = peak == kHidden ? Vector{} : exp(load(row + i) - all(peak));
+      store(row + i, p);
+      shares[q] += p;
     }
-    for (int64_t i = 0; i < slots; ++i) {
-      const int64_t slot = range.first + first + i;
-      if ((mask != nullptr && !mask[slot]) || (group.kept != nullptr && !group.kept[slot])) block[i] = kHidden;
-    }
-    for (int64_t i = slots; i % kLanes != 0; ++i) block[i] = kHidden;
-    for (int64_t i = 0; i < slots; i += kLanes) highest = larger(highest, load(block + i));
   }
-  const float peak = largest(highest);
-  float* out = group.attended + (place * unit.heads + head) * width;
-  float* sums = scratch(Use::kSums, step);
-  for (int64_t n = 0; n < step; ++n) sums[n] = 0.0F;
-  if (peak == kHidden) {  // sees nothing
-    narrow(sums, width, out);
-    return;
-  }
-  Vector shares{};
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const Vector p = exp(load(scores + i) - all(peak));
-    store(scores + i, p);
-    shares += p;
-  }
+  float* sums = scratch(Use::kSums, Q * step);
+  for (int64_t n = 0; n < Q * step; ++n) sums[n] = 0.0F;
   for (int64_t first = 0; first < count; first += kSlots) {
     const int64_t slots = least(kSlots, count - first);
     const float* values = block_of(group.values, range.first + first, slots, width, step, Use::kValues);
-    accumulate(slots, 1, scores + first, 1, 1, values, step, sums);
+    accumulate(slots, Q, scores + first, room, 1, values, step, sums);
   }
-  const float share = 1.0F / sum(shares);
-  for (int64_t n = 0; n < width; ++n) out[n] = sums[n] * share;
+  for (int q = 0; q < Q; ++q) {
+    const float whole = sum(shares[q]);  // 0: it sees nothing
+    float* out = group.attended + (place * unit.heads + head + q) * width;
+    for (int64_t n = 0; n < width; ++n) out[n] = whole > 0.0F ? sums[q * step + n] / whole : 0.0F;
+  }
 }
 
 // Up to N vectors of queries.
@@ -207,10 +217,21 @@ inline void attend_lanes(const Attention<T, W>& unit, const Group<T>& group) {
   }
 }
 
+// The first queries of a group from `query` on that are of one token; returns the next one.
+template <int Q = kFew, typename T, typename W>
+inline int64_t attend_token(const Attention<T, W>& unit, const Group<T>& group, int64_t query) {
+  const int64_t left = least(group.count - query, group.shared - (group.offset + query) % group.shared);
+  if constexpr (Q > 1) {
+    if (left < Q) return attend_token<Q - 1>(unit, group, query);
+  }
+  attend_few<Q>(unit, group, query);
+  return query + Q;
+}
+
 template <typename T, typename W>
 inline void attend(const Attention<T, W>& unit, const Group<T>& group) {
   if (group.count <= kFew) {
-    for (int64_t query = 0; query < group.count; ++query) attend_one(unit, group, query);
+    for (int64_t query = 0; query < group.count;) query = attend_token(unit, group, query);
   } else if (group.count <= kLanes) {
     attend_lanes<1>(unit, group);
   } else {

@@ -18,6 +18,7 @@ inline constexpr int32_t kZero = 8;
 inline constexpr int64_t kCodedBlock = 2 + kBlock / 4;  // words of one row
 inline constexpr float kLargest = 127.0F;
 inline constexpr int kCoded = 4;
+inline constexpr int64_t kCodedAhead = 8192;
 
 // Adds up products of q, 0 .. 15, and x, -127 .. 127, of four inputs in each lane.
 #if defined(__AVX512VNNI__)
@@ -142,6 +143,7 @@ inline void coded_tile(const int32_t* coded, const uint32_t* panel, int64_t bloc
   Vector sums[R][2] = {};
   for (int64_t block = 0; block < blocks; ++block, coded += kCodedBlock * R) {
     const uint32_t* words = panel + block * panel_block(kZeros);
+    fetch<(kWords + 1) * kColumns * 4>(words, kCodedAhead);
     const Vector scales[2] = {load_as<Vector>(words), load_as<Vector>(words + kLanes)};
     Vector offsets[2] = {};
     words += kColumns;
