@@ -99,6 +99,19 @@ def test_shared_keys(emulator, heads, length):
     check(emulator, random_attention(np.random.default_rng(7), 2, length, 30, 2, heads, 32, 24, "ragged", dtype=HALF))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", [(4, 2), (8, 1)])
+@pytest.mark.parametrize("length", [1, 40])
+def test_what_is_not_a_number_stays_so(emulator, length, heads, dtype):
+    rng, place = np.random.default_rng(length), length // 2
+    attention = random_attention(rng, 2, length, 9, 3, heads, execute="all", dtype=dtype)
+    for unit in (attention, random_mlp(rng, 2, length, execute="all", dtype=dtype)):
+        unit.inputs["h"][0, place, 0] = np.nan
+        output = emulator.run(unit)[0].astype(SINGLE)
+        assert np.isnan(output[0, place]).all()
+        assert not np.isnan(output[1]).any()
+
+
 @pytest.mark.parametrize("past", [0, 300])
 @pytest.mark.parametrize("length", [1, 33, 150])
 @pytest.mark.parametrize("multiprocessors", [2, 132])

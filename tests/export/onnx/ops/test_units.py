@@ -117,7 +117,7 @@ def test_masks_and_caches(library, length, spare, mask, variant):
     check(unit, library)
 
 
-@pytest.mark.parametrize("heads", [(8, 8), (8, 4), (8, 1), (12, 2), (40, 1)])
+@pytest.mark.parametrize("heads", [(8, 8), (8, 4), (12, 4), (8, 2), (8, 1), (12, 2), (40, 1)])
 @pytest.mark.parametrize("length", [1, 2, 19])
 def test_shared_keys(library, heads, length):
     check(random_attention(np.random.default_rng(7), 2, length, 70, 2, heads, 32, execute="all"), library)
@@ -125,10 +125,24 @@ def test_shared_keys(library, heads, length):
 
 @pytest.mark.parametrize("past", [511, 4096])
 @pytest.mark.parametrize("length", [1, 4])
-@pytest.mark.parametrize("batch", [1, 4])
-def test_long_caches(library, batch, length, past):
-    unit = random_attention(np.random.default_rng(past), batch, length, past, 10, (4, 2), 64, execute="all")
+@pytest.mark.parametrize(("batch", "heads"), [(1, (4, 2)), (4, (4, 2)), (2, (3, 1))])
+def test_long_caches(library, batch, heads, length, past):
+    unit = random_attention(np.random.default_rng(past), batch, length, past, 10, heads, 64, execute="all")
     check(unit, library, threads=2)
+
+
+@pytest.mark.parametrize("dtype", [SINGLE, HALF])
+@pytest.mark.parametrize("heads", [(4, 2), (8, 1)])
+@pytest.mark.parametrize("length", [1, 40])
+def test_what_is_not_a_number_stays_so(library, length, heads, dtype):
+    rng, place = np.random.default_rng(length), length // 2
+    attention = random_attention(rng, 2, length, 9, 3, heads, execute="all", dtype=dtype)
+    mlp = random_mlp(rng, 2, length, execute="all", dtype=dtype)
+    for unit in (attention, mlp, quantised(attention, Int4()), quantised(mlp, Int4("rtn_asym"))):
+        unit.inputs["h"][0, place, 0] = np.nan
+        output = run(unit, library)[0]
+        assert np.isnan(output[0, place]).all()
+        assert not np.isnan(output[1]).any()
 
 
 @PROPERTY

@@ -90,13 +90,39 @@ inline void few_scores(const float* queries, const float* keys, int64_t slots, i
   }
 }
 
+// One query's scores of the slots that its token sees become the softmax's numerators; returns their sum, 0 where it sees none.
+template <typename T, typename W>
+inline float soften(const Attention<T, W>& unit, const Group<T>& group, int64_t place, float* row) {
+  const Range range = group.ranges[place];
+  const int64_t count = range.end - range.first;
+  const bool* mask = range.gaps ? unit.mask + group.tokens[place] * unit.total + range.first : nullptr;
+  const bool* kept = group.kept == nullptr ? nullptr : group.kept + range.first;
+  for (int64_t i = count; i % kLanes != 0; ++i) row[i] = 0.0F;
+  if (unit.softcap != 0.0F)
+    for (int64_t i = 0; i < count; i += kLanes)
+      store(row + i, all(unit.softcap) * tanh(load(row + i) / all(unit.softcap)));
+  if (mask != nullptr || kept != nullptr)
+    for (int64_t i = 0; i < count; ++i)
+      if ((mask != nullptr && !mask[i]) || (kept != nullptr && !kept[i])) row[i] = kHidden;
+  for (int64_t i = count; i % kLanes != 0; ++i) row[i] = kHidden;
+  Vector highest = all(kHidden), shares{};
+  for (int64_t i = 0; i < count; i += kLanes) highest = larger(highest, load(row + i));
+  const float peak = largest(highest);
+  const Vector base = all(peak == kHidden ? 0.0F : peak);  // for one that sees nothing any number does
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Vector p = exp(load(row + i) - base);
+    store(row + i, p);
+    shares += p;
+  }
+  return sum(shares);
+}
+
 // Q queries of one token, from `query` on: a score for each slot first, then one softmax over all.
 template <int Q, typename T, typename W>
 inline void attend_few(const Attention<T, W>& unit, const Group<T>& group, int64_t query) {
   const int64_t width = unit.head_dim, step = up_to(width, kLanes);
   const int64_t place = (group.offset + query) / group.shared, head = group.head + (group.offset + query) % group.shared;
   const Range range = group.ranges[place];
-  const bool* mask = range.gaps ? unit.mask + group.tokens[place] * unit.total : nullptr;
   const float* queries = group.queries + (place * unit.heads + head) * width;
   const int64_t count = range.end - range.first, room = up_to(most<int64_t>(count, kSlots), kLanes);
   float* scores = scratch(Use::kScores, Q * room);
@@ -105,26 +131,8 @@ inline void attend_few(const Attention<T, W>& unit, const Group<T>& group, int64
     const float* keys = block_of(group.keys, range.first + first, slots, width, width, Use::kKeys);
     few_scores<Q>(queries, keys, slots, width, unit.scale, scores + first, room);
   }
-  Vector shares[Q] = {};
-  for (int q = 0; q < Q; ++q) {
-    float* row = scores + q * room;
-    for (int64_t i = count; i % kLanes != 0; ++i) row[i] = 0.0F;
-    if (unit.softcap != 0.0F)
-      for (int64_t i = 0; i < count; i += kLanes)
-        store(row + i, all(unit.softcap) * tanh(load(row + i) / all(unit.softcap)));
-    if (mask != nullptr || group.kept != nullptr)
-      for (int64_t i = 0; i < count; ++i)
-        if ((mask != nullptr && !mask[range.first + i]) || (group.kept != nullptr && !group.kept[range.first + i])) row[i] = kHidden;
-    for (int64_t i = count; i % kLanes != 0; ++i) row[i] = kHidden;
-    Vector highest = all(kHidden);
-    for (int64_t i = 0; i < count; i += kLanes) highest = larger(highest, load(row + i));
-    const float peak = largest(highest);
-    for (int64_t i = 0; i < count; i += kLanes) {
-      const Vector p = peak == kHidden ? Vector{} : exp(load(row + i) - all(peak));
-      store(row + i, p);
-      shares[q] += p;
-    }
-  }
+  float wholes[Q];
+  for (int q = 0; q < Q; ++q) wholes[q] = soften(unit, group, place, scores + q * room);
   float* sums = scratch(Use::kSums, Q * step);
   for (int64_t n = 0; n < Q * step; ++n) sums[n] = 0.0F;
   for (int64_t first = 0; first < count; first += kSlots) {
@@ -133,9 +141,8 @@ inline void attend_few(const Attention<T, W>& unit, const Group<T>& group, int64
     accumulate(slots, Q, scores + first, room, 1, values, step, sums);
   }
   for (int q = 0; q < Q; ++q) {
-    const float whole = sum(shares[q]);  // 0: it sees nothing
     float* out = group.attended + (place * unit.heads + head + q) * width;
-    for (int64_t n = 0; n < width; ++n) out[n] = whole > 0.0F ? sums[q * step + n] / whole : 0.0F;
+    for (int64_t n = 0; n < width; ++n) out[n] = wholes[q] == 0.0F ? 0.0F : sums[q * step + n] / wholes[q];
   }
 }
 
@@ -213,7 +220,7 @@ inline void attend_lanes(const Attention<T, W>& unit, const Group<T>& group) {
     const int64_t place = (group.offset + i) / group.shared, head = group.head + (group.offset + i) % group.shared;
     const float share = shares[i / kLanes][i % kLanes];
     float* out = group.attended + (place * unit.heads + head) * width;
-    for (int64_t n = 0; n < width; ++n) out[n] = share > 0.0F ? sums[i * step + n] / share : 0.0F;
+    for (int64_t n = 0; n < width; ++n) out[n] = share == 0.0F ? 0.0F : sums[i * step + n] / share;
   }
 }
 

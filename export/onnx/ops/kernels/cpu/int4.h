@@ -114,10 +114,13 @@ inline void code_row(const float* h, int64_t width, int64_t row, int64_t rows, i
       std::memcpy(rest, h, static_cast<size_t>(width - first) * sizeof *h);
       inputs = rest;
     }
-    Vector highest{};
-    for (int64_t i = 0; i < kBlock; i += kLanes) highest = larger(highest, larger(load(inputs + i), -load(inputs + i)));
+    Vector highest{}, nothing{};  // 0, or not a number where an input is not finite
+    for (int64_t i = 0; i < kBlock; i += kLanes) {
+      highest = larger(highest, larger(load(inputs + i), -load(inputs + i)));
+      nothing += load(inputs + i) * Vector{};
+    }
     const float peak = most(0.0F, largest(highest));
-    const float scale = peak / kLargest;
+    const float scale = peak / kLargest + sum(nothing);
     const Vector factor = all(peak > 1e-30F ? kLargest / peak : 0.0F);
     int8_t bytes[kBlock];
     Integers sums{};

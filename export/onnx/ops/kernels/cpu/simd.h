@@ -82,7 +82,7 @@ inline Vector exp(Vector x) {
   power = (power + 127) << 23;
   Vector scale;
   std::memcpy(&scale, &power, sizeof scale);
-  return x > lowest ? p * scale : Vector{};
+  return x <= lowest ? Vector{} : p * scale;  // what is not a number stays so
 }
 
 // 1 / (1 + e^-x)

@@ -140,7 +140,7 @@ __global__ void combine_splits(Attend<T> a, Partials partials) {
       total += weight * sums.y;
       value += weight * partials.values[(at + split) * head_dim + i];
     }
-    a.attended[head * head_dim + i] = from_float<T>(total > 0 ? value / total : 0);
+    a.attended[head * head_dim + i] = from_float<T>(total == 0 ? 0 : value / total);
   }
 }
 

@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kWarps * kWarp, kSteps <= 8 ? 3 : 1) attend_ti
     const float total = warp_sum<4>(sum[r]);
     const int row = warp * 16 + g + 8 * r;
     if (row >= tile.queries) continue;
-    const float factor = total > 0 ? 1 / total : 0;
+    const float factor = total == 0 ? 0 : 1 / total;
     T* to = a.attended + static_cast<size_t>(tile.first + row) * row_width + head * head_dim + 2 * t;
 #pragma unroll
     for (int j = 0; j < kSteps * 2; ++j)
