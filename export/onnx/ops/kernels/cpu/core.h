@@ -9,8 +9,8 @@
 
 namespace ir::cpu::IR_LEVEL {
 
-inline constexpr int64_t kSlots = 96;  // of a block: a multiple of kRows
-inline constexpr int kFew = 4;         // up to so many queries are taken for themselves
+inline constexpr int64_t kSlots = 96;    // of a block: a multiple of kRows
+inline constexpr int kFew = kLanes / 2;  // up to so many queries are taken for themselves, not as lanes
 
 // What a token sees: slots first .. end - 1, all of them or, with gaps, those that the mask shows.
 struct Range {
