@@ -1,7 +1,7 @@
 """Times routed models against dense ones on ONNX Runtime's CPU provider, beside what routing could gain at best.
 
     python benchmarks/onnx_speed.py [--quick] [--genai FOLDER] [--json FILE]
-    python benchmarks/onnx_speed.py --print benchmarks/results/onnx-speed-NAME.json
+    python benchmarks/onnx_speed.py --print benchmarks/results/onnx-speed-NAME.json [--short]
 
 Models have random weights and real sizes; routers are set, by their threshold, to save what is asked on the very tokens
 that are timed. The dense side is the faster of our own dense export and the model that onnxruntime-genai's builder writes.
@@ -21,7 +21,7 @@ from speed_measure import SPARSITIES, compare, plan, versions
 from speed_models import SHAPES, build_genai, export, model_facts, random_routing, without_routing, write_checkpoint
 from speed_profile import print_profile
 from speed_session import CLOCKS, Point, Probe, open_session
-from speed_tables import print_all, print_setting
+from speed_tables import print_all, print_setting, print_short
 
 from ir_convert.checkpoint import Checkpoint
 from ir_convert.choices import LOGITS
@@ -31,7 +31,12 @@ from ir_convert.export.onnx.ops import find
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     if args.print:
-        print_all(json.loads(args.print.read_text("utf-8")))
+        earlier = [json.loads(path.read_text("utf-8")) for path in args.print]
+        if args.short:
+            print_short(earlier)
+        else:
+            for one in earlier:
+                print_all(one)
         return
     result: dict[str, Any] = {
         "config": {
@@ -79,7 +84,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, help="folder for the models, kept; a temporary one by default")
     parser.add_argument("--json", type=Path, help="where results go, e.g. benchmarks/results/onnx-speed-NAME.json")
     parser.add_argument("--profile", action="store_true", help="also print which operators take the time")
-    parser.add_argument("--print", type=Path, metavar="FILE", help="print earlier results, measure nothing")
+    parser.add_argument("--print", type=Path, nargs="+", metavar="FILE", help="print earlier results, measure nothing")
+    parser.add_argument("--short", action="store_true", help="with --print: in one table, as docs/speed.md has it")
     args = parser.parse_args(arguments)
     quick = args.quick
     args.models = (args.models or ("small" if quick else "small,small-mha,1B")).split(",")

@@ -1,6 +1,6 @@
 """Prints what ``onnx_speed.py`` and ``gpu.py`` measured."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -8,6 +8,7 @@ from speed_measure import target
 from speed_session import Point
 
 HEADER = ("saved, asked", "achieved", "dense ms", "routed ms", "ratio", "quartiles", "ideal", "ratio/ideal", "target")
+PRECISIONS = {"fp32": "float32", "fp16": "float16", "int4": "int4"}
 NATIVE = ("native ms", "native/functions", "quartiles", "ratio", "ratio/ideal", "target")
 DENSE = {"own": "our dense export", "own_graph": "it in CUDA graphs", "genai": "onnxruntime-genai's builder"}
 
@@ -46,6 +47,33 @@ def print_point(where: Point, rows: list[Mapping[str, Any]]) -> None:
     print(f"\n**{where}** (cache {rows[0]['cache']}; {times})\n")
     header = (*HEADER, *NATIVE) if "native_ms" in rows[0] else HEADER
     print_table([header, *(_cells(row) for row in rows)])
+
+
+def print_short(results: Sequence[Mapping[str, Any]]) -> None:
+    """Prints one table for each model and number of threads, over all results: a row a point, a column a sparsity."""
+    rows = [(result["config"]["models"][row["model"]], row) for result in results for row in result["records"]]
+    setting = lambda pair: (pair[1]["model"], pair[1]["threads"])  # noqa: E731
+    for (model, threads), group in groupby(sorted(rows, key=setting), setting):
+        points: dict[tuple[Any, ...], dict[float, str]] = {}
+        for facts, row in group:
+            tokens, last = row["tokens"], facts.get("logits") == "last"
+            key = (last, row["kind"] == "decode", row["cached"], row["batch"], tokens, row["precision"])
+            points.setdefault(key, {})[row["asked"]] = _short(row)
+        asked = sorted({share for cells in points.values() for share in cells})
+        print(
+            f"\n| {model}, {threads} thread(s); FLOPs saved | " + " | ".join(f"{share:.0%}" for share in asked) + " |"
+        )
+        print("|---" * (1 + len(asked)) + "|")
+        for (last, decode, cached, batch, tokens, precision), cells in sorted(points.items()):
+            texts = f"{batch} text{'s' * (batch > 1)}"
+            what = f"decode, {cached} cached, {texts}" if decode else f"prefill, {tokens} tokens"
+            name = f"{what}, {PRECISIONS[precision]}{', `--logits last`' * last}"
+            print("| " + " | ".join([name, *(cells.get(share, "-") for share in asked)]) + " |")
+
+
+def _short(row: Mapping[str, Any]) -> str:
+    native = f" / **{row['native_ratio']:.2f}**" if "native_ratio" in row else ""
+    return f"{row['ratio']:.2f}{native} ({row['ideal']:.2f})"
 
 
 def print_table(cells: list[tuple[str, ...]]) -> None:

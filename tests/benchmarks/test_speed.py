@@ -176,6 +176,11 @@ def test_one_round_on_the_cpu(tmp_path, capsys):
     onnx_speed.main(["--print", str(out)])
     table = next(line for line in printed.splitlines() if line.startswith("|         0.40 |"))
     assert table in capsys.readouterr().out
+    onnx_speed.main(["--print", str(out), str(out), "--short"])
+    row = next(row for row in result["records"] if row["kind"] == "decode" and row["asked"] == 0.4)
+    short = capsys.readouterr().out
+    assert short.count("\n| decode, 24 cached, 4 texts, float32 |") == 1
+    assert f" {row['ratio']:.2f} ({row['ideal']:.2f}) |" in short
 
 
 def test_unknown_precision(capsys):
