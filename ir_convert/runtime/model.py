@@ -266,8 +266,8 @@ class OnnxModel:
             The next token of every text, int64 ``[B]``; one that has ended repeats its last token.
         """
         require_sampling(temperature, top_k, top_p)
-        if max_new_tokens < 0:
-            raise UserError(f"max_new_tokens {max_new_tokens} is negative: give how many tokens to write at the most")
+        if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 0:
+            raise UserError(f"max_new_tokens is {max_new_tokens!r}: give how many tokens to write at the most, 0 or more")
         text = tokens = tokens_of(input_ids, self._vocabulary)
         mask = mask_of(attention_mask, *tokens.shape)
         if not tokens.size:

@@ -137,8 +137,9 @@ def test_bad_calls_say_what_to_do(model, prompt):
         model.logits(np.zeros((2, 0)))
     with pytest.raises(UserError, match=r"position_ids \[1, 3\] are not \[1, 9\]: give one for every new token"):
         model.logits(prompt, position_ids=np.arange(3)[None])
-    with pytest.raises(UserError, match="max_new_tokens -3 is negative"):
-        next(model.generate(prompt, max_new_tokens=-3))
+    for count in (-3, 2.5, "7"):
+        with pytest.raises(UserError, match=f"max_new_tokens is {count!r}"):
+            next(model.generate(prompt, max_new_tokens=count))
     assert not list(model.generate(prompt, max_new_tokens=0))
     for setting in ({"temperature": -1.0}, {"temperature": math.nan}, {"top_k": 0}, {"top_p": 1.5}):
         with pytest.raises(UserError, match="top_k 0 leaves no token" if "top_k" in setting else "is not in"):
