@@ -267,7 +267,9 @@ class OnnxModel:
         """
         require_sampling(temperature, top_k, top_p)
         if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 0:
-            raise UserError(f"max_new_tokens is {max_new_tokens!r}: give how many tokens to write at the most, 0 or more")
+            raise UserError(
+                f"max_new_tokens is {max_new_tokens!r}: give how many tokens to write at the most, 0 or more"
+            )
         text = tokens = tokens_of(input_ids, self._vocabulary)
         mask = mask_of(attention_mask, *tokens.shape)
         if not tokens.size:
