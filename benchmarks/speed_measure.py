@@ -191,7 +191,12 @@ def compare(
         clock: of ``CLOCKS``.
     """
     able = cache == "in-place" or (
-        cache == "auto" and all(supports_in_place(sessions[name], config, device) for name in ("routed", "own"))
+        cache == "auto"
+        and all(
+            supports_in_place(sessions[name], config, precision, device)
+            for precision in {this.precision for this in plans}
+            for name in ("routed", "own")
+        )
     )
     for this in plans:
         in_place = able and (this.point.kind == "decode" or cache == "in-place")

@@ -29,9 +29,9 @@ NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 # The processor's own clock leaves out what other processes take of a busy core; it is of use with one thread only.
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 _ERRORS_ONLY, _NOTHING = 3, 4
-# Logits over the largest of them: int4 rounds activations to 8 bits, which alone makes 0.01 of another order of sums; a model
-# that sees the free places of a cache is 1 off.
-_ALIKE = 0.05
+# How far logits may differ, over the largest of them, and be the same but for the order of sums. int4 rounds activations to 8
+# bits, which alone makes 0.01 of that; a model that sees the free places of a cache is 1 off.
+_ALIKE = {"fp32": 1e-3, "fp16": 1e-3, "int4": 0.05}
 _GRAPHS = itertools.count(1)
 
 
@@ -204,7 +204,9 @@ def feeds(point: Point, ids: NDArray[np.int64], threshold: float | None) -> dict
     return feed if threshold is None else feed | {"routing_threshold": np.array([threshold], np.float32)}
 
 
-def supports_in_place(session: ort.InferenceSession, config: PretrainedConfig, device: str = "cpu") -> bool:
+def supports_in_place(
+    session: ort.InferenceSession, config: PretrainedConfig, precision: str, device: str = "cpu"
+) -> bool:
     """Tells whether a model writes into a cache that is longer than it needs, and computes the same as it does else."""
     point = Point(1, 8, 1)
     ids = [np.full((1, 1), 3, np.int64)]
@@ -219,7 +221,7 @@ def supports_in_place(session: ort.InferenceSession, config: PretrainedConfig, d
             found.append(runner.logits().astype(np.float32))
     except Exception:  # onnxruntime's exceptions share no base class of their own
         return False
-    return bool(np.abs(found[1] - found[0]).max() <= _ALIKE * np.abs(found[0]).max())
+    return bool(np.abs(found[1] - found[0]).max() <= _ALIKE[precision] * np.abs(found[0]).max())
 
 
 @dataclass

@@ -50,23 +50,26 @@ def print_point(where: Point, rows: list[Mapping[str, Any]]) -> None:
 
 
 def print_short(results: Sequence[Mapping[str, Any]]) -> None:
-    """Prints one table for each model and number of threads, over all results: a row a point, a column a sparsity."""
+    """Prints one table for each model and number of threads, over all results: a row a point, a column a sparsity.
+
+    Of results that hold the same point the last one counts: give those of one machine.
+    """
     rows = [(result["config"]["models"][row["model"]], row) for result in results for row in result["records"]]
     setting = lambda pair: (pair[1]["model"], pair[1]["threads"])  # noqa: E731
     for (model, threads), group in groupby(sorted(rows, key=setting), setting):
         points: dict[tuple[Any, ...], dict[float, str]] = {}
         for facts, row in group:
             tokens, last = row["tokens"], facts.get("logits") == "last"
-            key = (last, row["kind"] == "decode", row["cached"], row["batch"], tokens, row["precision"])
+            key = (last, row["cached"], row["batch"], tokens, row["precision"])
             points.setdefault(key, {})[row["asked"]] = _short(row)
         asked = sorted({share for cells in points.values() for share in cells})
         print(
             f"\n| {model}, {threads} thread(s); FLOPs saved | " + " | ".join(f"{share:.0%}" for share in asked) + " |"
         )
         print("|---" * (1 + len(asked)) + "|")
-        for (last, decode, cached, batch, tokens, precision), cells in sorted(points.items()):
+        for (last, cached, batch, tokens, precision), cells in sorted(points.items()):
             texts = f"{batch} text{'s' * (batch > 1)}"
-            what = f"decode, {cached} cached, {texts}" if decode else f"prefill, {tokens} tokens"
+            what = f"decode, {cached} cached, {texts}" if cached else f"prefill, {tokens} tokens"
             name = f"{what}, {PRECISIONS[precision]}{', `--logits last`' * last}"
             print("| " + " | ".join([name, *(cells.get(share, "-") for share in asked)]) + " |")
 

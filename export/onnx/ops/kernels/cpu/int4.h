@@ -18,7 +18,7 @@ inline constexpr int32_t kZero = 8;
 inline constexpr int64_t kCodedBlock = 2 + kBlock / 4;  // words of one row
 inline constexpr float kLargest = 127.0F;
 inline constexpr int kCoded = 4;
-inline constexpr int64_t kCodedAhead = 8192;
+inline constexpr int64_t kCodedAhead = 8192;  // of fetch: its stream is the narrower one, and gains from looking further
 
 // Adds up products of q, 0 .. 15, and x, -127 .. 127, of four inputs in each lane.
 #if defined(__AVX512VNNI__)
