@@ -12,15 +12,14 @@ from collections.abc import Callable, Sequence
 import onnx_ir as ir
 from onnxscript import OpBuilder
 
+from .attend import KEYS, QUERIES, Attend, any_of, attended, attends
 from .body import (
     MICROSOFT,
     Inputs,
     branch,
     contribution,
     count,
-    either,
     executed,
-    largest,
     linear,
     merge_heads,
     reference,
@@ -28,11 +27,8 @@ from .body import (
     split_heads,
 )
 
-QUERIES, KEYS = "num_heads", "kv_num_heads"  # the attributes that count heads
-
 # -> attended [B, W, H D] or [1, n, H D], and the whole cache's keys and values
 Trace = Callable[[OpBuilder], Sequence[ir.Value]]
-Attend = Callable[[OpBuilder, ir.Value, ir.Value, ir.Value | None], ir.Value]
 
 
 def dense(op: OpBuilder, x: Inputs) -> list[ir.Value]:
@@ -41,7 +37,7 @@ def dense(op: OpBuilder, x: Inputs) -> list[ir.Value]:
     new = _keys(op, x, linear(op, x["h"], x, "k")), linear(op, x["h"], x, "v")
 
     def attend(op: OpBuilder, key: ir.Value, value: ir.Value, length: ir.Value | None) -> ir.Value:
-        return _core(op, query, key, value, op.Unsqueeze(x["mask"], [1]), length)
+        return attended(op, query, key, value, x["mask"], length)
 
     def step(op: OpBuilder) -> Sequence[ir.Value]:
         return _step(op, x, query, *new)
@@ -58,7 +54,7 @@ def routed(op: OpBuilder, x: Inputs) -> list[ir.Value]:
     rows = _rows(op, x["execute"])
     query = _queries(op, x, op.GatherND(x["h"], rows))
     new = _keys(op, x, linear(op, x["h"], x, "k")), linear(op, x["h"], x, "v")
-    some = _some(op, rows)
+    some = any_of(op, rows)
 
     def step(op: OpBuilder) -> Sequence[ir.Value]:
         return _step(op, x, _rotated(op, x, query, QUERIES, x["cos"], x["sin"]), *new)
@@ -79,8 +75,8 @@ def routed(op: OpBuilder, x: Inputs) -> list[ir.Value]:
             y, key, value = _step(op, x, spread, *new)
             return [op.GatherND(y, rows), key, value]
 
-        attend = _attends(op, x, rows, turned, lambda op, _: x["mask"])
-        stepping = op.And(_some(op, rows), op.Equal(op.Shape(x["execute"], start=1), 1))
+        attend = attends(op, x, rows, turned, lambda op, _: x["mask"])
+        stepping = op.And(any_of(op, rows), op.Equal(op.Shape(x["execute"], start=1), 1))
         return _cached(op, x, *new, attend, stepping, together)
 
     def others(op: OpBuilder) -> Sequence[ir.Value]:
@@ -110,20 +106,13 @@ def strict(op: OpBuilder, x: Inputs) -> list[ir.Value]:
 
     # Zero stays zero under the norm and the rotary embedding.
     new = _keys(op, x, project("k")), project("v")
-    y, key, value = _cached(op, x, *new, _attends(op, x, rows, query, visible))
+    y, key, value = _cached(op, x, *new, attends(op, x, rows, query, visible))
     return [op.ScatterND(x["forecast"], rows, contribution(op, linear(op, y, x, "o"), x)), key, value]
 
 
 def _rows(op: OpBuilder, flags: ir.Value) -> ir.Value:
     """bool ``[B, S]`` -> the (sequence, place) of every True ``[1, n, 2]``: what it gathers is one sequence of n tokens."""
     return op.Unsqueeze(executed(op, flags), [0])
-
-
-def _some(op: OpBuilder, rows: ir.Value) -> ir.Value:
-    """Whether any token executes. Counted in each branch that asks: of a value from outside, CUDA's provider does not know that it
-    lies with the host.
-    """
-    return op.Greater(op.Size(rows), 0)
 
 
 def _queries(op: OpBuilder, x: Inputs, h: ir.Value) -> ir.Value:
@@ -215,66 +204,6 @@ def _cached(
 
     room = op.LessOrEqual(end, op.Shape(x["past_key"], start=2, end=3))
     return _either(op, room, ("in_place", in_place), ("grown", grown))
-
-
-def _attends(
-    op: OpBuilder, x: Inputs, rows: ir.Value, query: ir.Value, visible: Callable[[OpBuilder, ir.Value], ir.Value]
-) -> Attend:
-    """Returns how the executed rows' queries ``[1, n, H D]`` attend -> ``[1, n, H D]``.
-
-    One sequence is a batch by itself. Several execute different numbers of tokens: for the attention core alone their
-    queries are laid out as ``[B, W]``, W the longest sequence's count. A slot past a sequence's own count repeats row 0, and
-    its result is dropped. Attention takes no empty batch, so a call in which nothing executes goes around it.
-    """
-
-    def attend(op: OpBuilder, key: ir.Value, value: ir.Value, length: ir.Value | None) -> ir.Value:
-        def one(op: OpBuilder) -> ir.Value:
-            mask = op.Unsqueeze(op.GatherND(visible(op, key), rows), [1])
-            return _core(op, query, key, value, mask, length)
-
-        def several(op: OpBuilder) -> ir.Value:
-            counts = op.ReduceSum(op.Cast(x["execute"], to=ir.DataType.INT64), [1], keepdims=1)  # [B, 1]
-            ranks = op.Range(0, op.Squeeze(largest(op, counts, 0)), 1)  # [W]
-            used = op.Less(ranks, counts)  # [B, W]
-            slots = op.Where(used, op.Add(op.CumSum(counts, 0, exclusive=1), ranks), 0)  # [B, W]: which of the n rows
-            places = op.Gather(op.Squeeze(rows, [0]), slots)  # [B, W, 2]
-            spread = op.Gather(op.Squeeze(query, [0]), slots)  # [B, W, H D]
-            mask = op.Unsqueeze(op.GatherND(visible(op, key), places), [1])
-            return op.GatherND(_core(op, spread, key, value, mask, length), _rows(op, used))
-
-        def some(op: OpBuilder) -> ir.Value:
-            return either(op, op.Equal(op.Shape(x["execute"], end=1), 1), ("one", one), ("several", several))
-
-        def none(op: OpBuilder) -> ir.Value:
-            return op.Identity(query)
-
-        return either(op, _some(op, rows), ("executed", some), ("approximated", none))
-
-    return attend
-
-
-def _core(
-    op: OpBuilder, query: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Value, length: ir.Value | None
-) -> ir.Value:
-    """``[B, H, W, D]`` -> Attention over the first ``length`` slots (all, if None) -> ``[B, W, H D]``
-
-    Its soft cap comes before the mask, by ONNX Runtime: what is masked stays so.
-    """
-    if length is not None:
-        key, value = (op.Slice(part, [0], length, [2]) for part in (key, value))
-    if query.dtype != ir.DataType.FLOAT:
-        # CUDA's attention that does not keep all scores in memory wants a multiple of 4 slots.
-        missing = op.Mod(op.Neg(op.Shape(mask, start=3)), 4)  # [1]
-        key, value, mask = (_widened(op, *part, missing) for part in ((key, 2), (value, 2), (mask, 3)))
-    scores = {name: reference(name, name, ir.AttributeType.FLOAT) for name in ("scale", "softcap")}
-    y = op.Attention(_by_head(op, query, QUERIES), key, value, mask, **scores)
-    return merge_heads(op, op.Transpose(y, perm=[0, 2, 1, 3]), QUERIES)
-
-
-def _widened(op: OpBuilder, y: ir.Value, axis: int, by: ir.Value) -> ir.Value:
-    """Appends ``by[1]`` zeros along an axis. (Pad has no bfloat16.)"""
-    shape = op.Concat(op.Shape(y, end=axis), by, op.Shape(y, start=axis + 1), axis=0)
-    return op.Concat(y, op.Expand(op.CastLike(0, y), shape), axis=axis)
 
 
 def _step(op: OpBuilder, x: Inputs, query: ir.Value, key: ir.Value, value: ir.Value) -> list[ir.Value]:

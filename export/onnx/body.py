@@ -131,6 +131,25 @@ def branch(op: OpBuilder, name: str, trace: Callable[[OpBuilder], Sequence[ir.Va
     return op.builder.subgraph(scoped, [], [ir.Value(name="") for _ in range(outputs)], name=name)
 
 
+def repeated(op: OpBuilder, name: str, trips: ir.Value, y: ir.Value, trace: Callable[..., ir.Value]) -> ir.Value:
+    """A Loop that carries one value; ``trace`` gives what becomes of it in a trip, from the trip's number ``[]`` and the value.
+
+    Args:
+        trips: how many ``[]``.
+        y: the value before the first.
+    """
+
+    def scoped(inner: OpBuilder, trip: ir.Value, more: ir.Value, value: ir.Value) -> Sequence[ir.Value]:
+        inner.builder.push_module(name)
+        return [inner.Identity(more), trace(inner, trip, value)]
+
+    kinds = {"trip": ir.DataType.INT64, "more": ir.DataType.BOOL}
+    inputs = [ir.Value(name=part, type=ir.TensorType(kind), shape=ir.Shape([])) for part, kind in kinds.items()]
+    inputs.append(ir.Value(name="before", type=y.type))
+    body = op.builder.subgraph(scoped, inputs, [ir.Value(name="") for _ in range(2)], name=name)
+    return op.Loop(trips, None, y, body=body)
+
+
 def reference(name: str, attribute: str, kind: ir.AttributeType) -> ir.Attr:
     """A node attribute that takes the value of the function's attribute."""
     return ir.RefAttr(name, attribute, kind)

@@ -1,5 +1,7 @@
 """The attention functions on their own, against plain torch: any mask, any cache, every optional input, every variant."""
 
+from unittest.mock import patch
+
 import torch
 from function_call import EPSILON, HEAD, D, added, execute_mask, execute_masks, factors, methods, quantised, run
 from hypothesis import given, settings
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from ir_convert.export.onnx import attend
 from ir_convert.export.onnx.body import Features
 from ir_convert.export.onnx.functions import attention
 
@@ -28,6 +31,7 @@ from ir_convert.export.onnx.functions import attention
     softcap=st.sampled_from([0.0, 0.0, 1.5]),
     whole_norms=st.booleans(),
     factor=factors,
+    span=st.sampled_from([1, 3, attend.SPAN]),
 )
 def test_attention(
     seed,
@@ -45,6 +49,7 @@ def test_attention(
     softcap,
     whole_norms,
     factor,
+    span,
 ):
     torch.manual_seed(seed)
     heads, total = groups * kv_heads, past + length
@@ -105,7 +110,8 @@ def test_attention(
     attributes |= {"softcap": softcap, "rotary_dim": rotary_dim, "residual_multiplier": factor}
     features = Features(whole_norms=whole_norms, scaled=factor != 1)
     kv_cache = "strict" if variant == "strict" else "full"
-    function = attention(optional, variant != "dense", kv_cache, int4=int4, features=features)
+    with patch.object(attend, "SPAN", span):
+        function = attention(optional, variant != "dense", kv_cache, int4=int4, features=features)
     output, *present = run(function, x | inputs, **attributes)
     assert all(part.shape[2] == total + (spare or 0) for part in present)
     present_key, present_value = (part[:, :, :total] for part in present)

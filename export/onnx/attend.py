@@ -1,0 +1,130 @@
+"""The core of the attention functions: queries of some tokens over the whole cache.
+
+Many queries go in spans, each over those slots alone that some query of it sees. ONNX Runtime's Attention computes every score
+that it is given room for, those that the mask takes away as well; and all of a call's scores are in memory at once.
+"""
+
+from collections.abc import Callable
+
+import onnx_ir as ir
+from onnxscript import OpBuilder
+
+from .body import Inputs, either, executed, largest, merge_heads, reference, repeated, split_heads
+
+QUERIES, KEYS = "num_heads", "kv_num_heads"  # the attributes that count heads
+SPAN = 128  # queries; fewer read keys too often, more compute scores of slots that only some of them see
+
+# keys, values [B, K, slots, D], and how many slots are in use (None: all) -> attended [B, W, H D] or [1, n, H D]
+Attend = Callable[[OpBuilder, ir.Value, ir.Value, ir.Value | None], ir.Value]
+
+
+def attends(
+    op: OpBuilder, x: Inputs, rows: ir.Value, query: ir.Value, visible: Callable[[OpBuilder, ir.Value], ir.Value]
+) -> Attend:
+    """Returns how the executed rows' queries ``[1, n, H D]`` attend -> ``[1, n, H D]``.
+
+    One sequence is a batch by itself. Several execute different numbers of tokens: for the attention core alone their
+    queries are laid out as ``[B, W]``, W the longest sequence's count. A slot past a sequence's own count repeats row 0, and
+    its result is dropped. Attention takes no empty batch, so a call in which nothing executes goes around it.
+
+    Args:
+        rows: where they are ``[1, n, 2]``.
+        visible: keys -> which slots each token's query sees, bool ``[B, S, T]``.
+    """
+
+    def attend(op: OpBuilder, key: ir.Value, value: ir.Value, length: ir.Value | None) -> ir.Value:
+        def one(op: OpBuilder) -> ir.Value:
+            return attended(op, query, key, value, op.GatherND(visible(op, key), rows), length)
+
+        def several(op: OpBuilder) -> ir.Value:
+            counts = op.ReduceSum(op.Cast(x["execute"], to=ir.DataType.INT64), [1], keepdims=1)  # [B, 1]
+            ranks = op.Range(0, op.Squeeze(largest(op, counts, 0)), 1)  # [W]
+            used = op.Less(ranks, counts)  # [B, W]
+            slots = op.Where(used, op.Add(op.CumSum(counts, 0, exclusive=1), ranks), 0)  # [B, W]: which of the n rows
+            places = op.Gather(op.Squeeze(rows, [0]), slots)  # [B, W, 2]
+            spread = op.Gather(op.Squeeze(query, [0]), slots)  # [B, W, H D]
+            y = attended(op, spread, key, value, op.GatherND(visible(op, key), places), length)
+            return op.GatherND(y, op.Unsqueeze(executed(op, used), [0]))
+
+        def some(op: OpBuilder) -> ir.Value:
+            return either(op, op.Equal(op.Shape(x["execute"], end=1), 1), ("one", one), ("several", several))
+
+        def none(op: OpBuilder) -> ir.Value:
+            return op.Identity(query)
+
+        return either(op, any_of(op, rows), ("executed", some), ("approximated", none))
+
+    return attend
+
+
+def attended(
+    op: OpBuilder, query: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Value, length: ir.Value | None
+) -> ir.Value:
+    """Queries ``[B, W, H D]`` over the first ``length`` slots (all, if None), by a mask ``[B, W, T]`` -> ``[B, W, H D]``
+
+    Every query sees some slot. In 16 bits, which are for GPUs, they are never parted: attention keeps no scores there, and every
+    span would have to wait for the numbers of its slots.
+    """
+
+    def whole(op: OpBuilder) -> ir.Value:
+        return _core(op, query, key, value, mask, [0], length)
+
+    def spans(op: OpBuilder) -> ir.Value:
+        trips = op.Squeeze(op.Div(op.Add(op.Shape(query, start=1, end=2), SPAN - 1), SPAN))
+        return repeated(op, "span", trips, _cut(op, query, [0], [0], 1), span)
+
+    def span(op: OpBuilder, trip: ir.Value, before: ir.Value) -> ir.Value:
+        start = op.Mul(op.Unsqueeze(trip, [0]), SPAN)
+        queries, seen = (_cut(op, part, start, op.Add(start, SPAN), 1) for part in (query, mask))
+        slots = op.NonZero(op.ReduceSum(op.Cast(seen, to=ir.DataType.FLOAT), [0, 1], keepdims=0))  # [1, n], rising
+        first, last = (op.Gather(op.Squeeze(slots, [0]), place) for place in ([0], [-1]))
+        end = op.Add(last, 1)
+        y = _core(op, queries, key, value, _cut(op, seen, first, end, 2), first, end)
+        return op.Concat(before, y, axis=1)
+
+    if query.dtype != ir.DataType.FLOAT:
+        return whole(op)
+    return either(op, op.Greater(op.Shape(query, start=1, end=2), SPAN), ("spans", spans), ("whole", whole))
+
+
+def any_of(op: OpBuilder, rows: ir.Value) -> ir.Value:
+    """Whether there are any rows. Counted in each branch that asks: of a value from outside, CUDA's provider does not know that it
+    lies with the host.
+    """
+    return op.Greater(op.Size(rows), 0)
+
+
+def _core(
+    op: OpBuilder,
+    query: ir.Value,
+    key: ir.Value,
+    value: ir.Value,
+    mask: ir.Value,
+    first: ir.Value | list[int],
+    end: ir.Value | None,
+) -> ir.Value:
+    """``[B, W, H D]`` -> Attention over the slots from ``first`` to ``end`` (all, if None), by a mask of these -> ``[B, W, H D]``
+
+    Its soft cap comes before the mask, by ONNX Runtime: what is masked stays so.
+    """
+    if end is not None:
+        key, value = (_cut(op, part, first, end, 2) for part in (key, value))
+    mask = op.Unsqueeze(mask, [1])
+    if query.dtype != ir.DataType.FLOAT:
+        # CUDA's attention that does not keep all scores in memory wants a multiple of 4 slots.
+        missing = op.Mod(op.Neg(op.Shape(mask, start=3)), 4)  # [1]
+        key, value, mask = (_widened(op, *part, missing) for part in ((key, 2), (value, 2), (mask, 3)))
+    scores = {name: reference(name, name, ir.AttributeType.FLOAT) for name in ("scale", "softcap")}
+    heads = op.Transpose(split_heads(op, query, QUERIES), perm=[0, 2, 1, 3])
+    return merge_heads(op, op.Transpose(op.Attention(heads, key, value, mask, **scores), perm=[0, 2, 1, 3]), QUERIES)
+
+
+def _cut(op: OpBuilder, y: ir.Value, start: ir.Value | list[int], end: ir.Value | list[int], axis: int) -> ir.Value:
+    """From ``start[1]`` to before ``end[1]``, along an axis."""
+    return op.Slice(y, start, end, [axis])
+
+
+def _widened(op: OpBuilder, y: ir.Value, axis: int, by: ir.Value) -> ir.Value:
+    """Appends ``by[1]`` zeros along an axis. (Pad has no bfloat16.)"""
+    shape = op.Concat(op.Shape(y, end=axis), by, op.Shape(y, start=axis + 1), axis=0)
+    return op.Concat(y, op.Expand(op.CastLike(0, y), shape), axis=axis)
