@@ -75,21 +75,24 @@ def _print_row(name: str, cells: Sequence[tuple[float, ...]]) -> None:
 def by_operator(profile: Path, steps: int) -> dict[str, tuple[float, float]]:
     """Returns (milliseconds, nodes) of one step by operator type.
 
-    Of every node's time in every step, the least over the rounds counts: other processes disturb what is longer. A node
-    with a branch lasts as long as its branch: what it runs is counted under its own name, so it is left out.
+    Of every node's time in every step, that of all its runs where it is in a loop, the least over the rounds counts: other
+    processes disturb what is longer. A node with a branch lasts as long as its branch: what it runs is counted under its own name,
+    so it is left out.
     """
     events = json.loads(profile.read_text("utf-8"))
     starts = sorted(event["ts"] for event in events if event["name"] == "model_run")
     calls = steps + 1 if steps > 1 else 1  # a runner begins with a step that wakes the session up
-    least: dict[tuple[str, str, int], float] = {}
+    taken: dict[tuple[str, str, int, int], float] = defaultdict(float)
     for event in events:
         if event["cat"] != "Node" or not event["name"].endswith("_kernel_time"):
             continue
         round_, step = divmod(bisect_right(starts, event["ts"]) - 1, calls)
         operator = event["args"]["op_name"]
         if round_ > 0 and step >= calls - steps and operator not in ("If", "Loop"):
-            key = operator, event["name"], step
-            least[key] = min(least.get(key, math.inf), event["dur"])
+            taken[operator, event["name"], step, round_] += event["dur"]
+    least: dict[tuple[str, str, int], float] = defaultdict(lambda: math.inf)
+    for (*node, _), microseconds in taken.items():
+        least[tuple(node)] = min(least[tuple(node)], microseconds)
     found: dict[str, list[float]] = defaultdict(list)
     for (operator, _, _), microseconds in least.items():
         found[operator].append(microseconds)
