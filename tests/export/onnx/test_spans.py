@@ -48,7 +48,9 @@ def test_logits(family, units, tmp_path):
             torch.testing.assert_close(run_pieces(model, batch)[real], expected[real], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("family, slots", [("llama", [32, 64, 96, 128, 160, 192, 200]), ("phi3", [32, *[40] * 5, 16])])
+@pytest.mark.parametrize(
+    ("family", "slots"), [("llama", [32, 64, 96, 128, 160, 192, 200]), ("phi3", [32, *[40] * 5, 16])]
+)
 def test_scores_that_are_computed(family, slots, tmp_path):
     """Of a sliding window of 9, spans see 8 slots before their own first."""
     model, _ = exported(tmp_path, family)
