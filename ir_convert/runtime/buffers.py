@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
@@ -38,16 +39,37 @@ class Buffers:
                 self._binding.bind_ortvalue_input(past.name, buffer)
                 self._binding.bind_ortvalue_output(past.name.replace("past_key_values", "present"), buffer)
 
-    def run(self, feed: dict[str, NDArray]) -> dict[str, NDArray]:
+    def run(self, feed: dict[str, NDArray], chunk_size: int) -> dict[str, NDArray]:
         """Runs the model on top of what the buffers hold, and leaves the new keys and values there.
 
         Args:
             feed: all inputs but the cache. ``attention_mask[B, T]`` says how many slots are in use after this call:
-                T of at most ``capacity``; the new tokens come last.
+                T of at most ``capacity``; the S new tokens come last.
+            chunk_size: at the most so many tokens of each sequence are run at once.
 
         Returns:
-            All outputs but the cache, by name.
+            All outputs but the cache, by name; of the logits those of the last chunk.
         """
+        length, mask = feed["input_ids"].shape[1], feed["attention_mask"]
+        cached = mask.shape[1] - length
+        outputs: dict[str, NDArray] = {}
+        saved, tokens, executed = [], [], []
+        for start in range(0, length, chunk_size):
+            end = min(start + chunk_size, length)
+            part = {name: np.ascontiguousarray(feed[name][:, start:end]) for name in ("input_ids", "position_ids")}
+            part["attention_mask"] = np.ascontiguousarray(mask[:, : cached + end])
+            outputs.clear()  # a chunk's logits may be large
+            outputs |= self._run(feed | part)
+            saved.append(outputs["routing_saved"])
+            tokens.append(int(mask[:, cached + start : cached + end].sum()))
+            executed += [outputs[name] for name in ("executed",) if name in outputs]
+        if len(tokens) > 1:
+            outputs["routing_saved"] = np.average(saved, axis=0, weights=tokens).astype(np.float32)
+            if executed:
+                outputs["executed"] = np.concatenate(executed, axis=3)
+        return outputs
+
+    def _run(self, feed: dict[str, NDArray]) -> dict[str, NDArray]:
         # bind_cpu_input refuses inputs that have defaults. These values borrow the arrays' memory until the call is over.
         for name, array in feed.items():
             self._binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))

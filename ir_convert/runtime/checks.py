@@ -63,6 +63,12 @@ def require_positions(position_ids: ArrayLike | None, shape: tuple[int, ...]) ->
         )
 
 
+def require_count(name: str, count: int, what: str, least: int) -> None:
+    """Raises UserError where a count is no whole number, or less than ``least``."""
+    if not isinstance(count, int | np.integer) or count < least:
+        raise UserError(f"{name} is {count!r}: give {what}, {least} or more")
+
+
 def require_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
     """Raises UserError where a setting of the sampling is out of its range."""
     if not 0 <= temperature < math.inf:

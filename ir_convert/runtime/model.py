@@ -18,7 +18,7 @@ from ..checkpoint import TOKENIZER_FILES
 from ..errors import UserError
 from ..routing import Curve
 from .buffers import Buffers
-from .checks import mask_of, require_cache, require_positions, require_sampling, tokens_of
+from .checks import mask_of, require_cache, require_count, require_positions, require_sampling, tokens_of
 from .dtypes import NUMPY
 from .library import choose as choose_library
 from .loading import end_tokens, inspect, model_file, open_session, warn_if_slow
@@ -247,6 +247,7 @@ class OnnxModel:
         top_p: float | None = None,
         seed: int | None = None,
         eos_ids: Collection[int] | int | None = None,
+        chunk_size: int = 1024,
     ) -> Iterator[NDArray]:
         """Continues B texts, a token at a time; keys and values stay where they are, in buffers of the longest text's length.
 
@@ -261,15 +262,15 @@ class OnnxModel:
             top_p: sample from the likeliest tokens that together have this probability.
             seed: of the sampling.
             eos_ids: tokens (or one token) that end a text; by default those of the model's configuration.
+            chunk_size: a longer prompt is run in chunks of so many tokens, as logits and masks of all at once would take memory
+                that grows with its length, and its square; but for one beyond the bound.
 
         Yields:
             The next token of every text, int64 ``[B]``; one that has ended repeats its last token.
         """
         require_sampling(temperature, top_k, top_p)
-        if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 0:
-            raise UserError(
-                f"max_new_tokens is {max_new_tokens!r}: give how many tokens to write at the most, 0 or more"
-            )
+        require_count("max_new_tokens", max_new_tokens, "how many tokens to write at the most", 0)
+        require_count("chunk_size", chunk_size, "how many of the prompt's tokens to run at once", 1)
         text = tokens = tokens_of(input_ids, self._vocabulary)
         mask = mask_of(attention_mask, *tokens.shape)
         if not tokens.size:
@@ -284,7 +285,7 @@ class OnnxModel:
         buffers = Buffers(self.session, len(tokens), tokens.shape[1] + max_new_tokens - 1)
         for _ in range(max_new_tokens):
             feed = self._feed(text if self._passes_bound(mask) else tokens, mask)
-            outputs = buffers.run(feed)
+            outputs = buffers.run(feed, mask.shape[1] if self._beyond_bound(mask) else chunk_size)
             self._observe(outputs, feed)
             choice = choose(outputs["logits"][:, -1].astype(np.float32), temperature, top_k, top_p, generator)
             tokens = np.where(ended, tokens[:, -1], choice)[:, None]
@@ -300,6 +301,11 @@ class OnnxModel:
         """Tells whether a text's last token is the first beyond the bound: what is cached of it has other frequencies."""
         bound = self.metadata.get("long_text_bound")
         return bound is not None and bool(((mask.sum(axis=1) == bound + 1) & (mask[:, -1] == 1)).any())
+
+    def _beyond_bound(self, mask: NDArray) -> bool:
+        """Tells whether a text is longer than the bound: all of it has the frequencies of long texts, its first chunk as well."""
+        bound = self.metadata.get("long_text_bound")
+        return bound is not None and int(mask.sum(axis=1).max()) > bound
 
     @cached_property
     def _vocabulary(self) -> int:

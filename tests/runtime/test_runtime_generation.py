@@ -8,9 +8,13 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
+from models import random_routing, save_random
 
+from ir_convert.checkpoint import Checkpoint
 from ir_convert.errors import UserError
+from ir_convert.export.onnx import write
 from ir_convert.runtime import OnnxModel
+from ir_convert.runtime.buffers import Buffers
 
 NO_END: tuple[int, ...] = ()
 
@@ -19,6 +23,29 @@ def generate(
     model: OnnxModel, ids: np.ndarray, mask: np.ndarray | None = None, tokens: int = 64, **kwargs
 ) -> np.ndarray:
     return np.stack(list(model.generate(ids, mask, tokens, **({"eos_ids": NO_END} | kwargs))), axis=1)
+
+
+@pytest.fixture
+def lengths(monkeypatch) -> list[int]:
+    """How many tokens of each text every run of a model with buffers takes."""
+    taken, run = [], Buffers._run
+
+    def counted(self: Buffers, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        taken.append(feed["input_ids"].shape[1])
+        return run(self, feed)
+
+    monkeypatch.setattr(Buffers, "_run", counted)
+    return taken
+
+
+@pytest.fixture
+def traced(tmp_path) -> OnnxModel:
+    """A model that says what it executed."""
+    save_random("mistral-sliding", tmp_path)
+    checkpoint = Checkpoint.open(str(tmp_path))
+    (tmp_path / "onnx").mkdir()
+    write(checkpoint, random_routing(checkpoint), tmp_path / "onnx", "m.onnx", trace=True)
+    return OnnxModel.load(tmp_path / "onnx", threads=1)
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.2, 0.4])
@@ -62,6 +89,30 @@ def test_a_text_that_has_ended_leaves_the_others_alone(model):
     np.testing.assert_array_equal(got[0, : stop + 1], free[0, : stop + 1])
     assert set(got[0, stop:]) == {end}
     assert generate(model, ids[:1], tokens=20, eos_ids=[int(end)]).shape[1] == stop + 1
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 10, 11])
+def test_prompts_in_chunks(chunk_size, traced, lengths):
+    """The same tokens, share saved and decisions; one prompt's first chunks are padding."""
+    ids = np.random.default_rng(4).integers(3, 131, (3, 11))
+    mask = (np.arange(11) >= [[0], [9], [3]]).astype(np.int64)
+    traced.set_sparsity(0.3)
+    expected = generate(traced, ids, mask, tokens=12)
+    next(traced.generate(ids, mask))
+    saved, executed = traced.saved, traced.executed
+    lengths.clear()
+    next(traced.generate(ids, mask, chunk_size=chunk_size))
+    assert len(lengths) == math.ceil(11 / chunk_size)
+    assert set(lengths[:-1]) <= {chunk_size}
+    assert sum(lengths) == 11
+    assert traced.saved == pytest.approx(saved, abs=1e-6)
+    np.testing.assert_array_equal(traced.executed, executed)
+    np.testing.assert_array_equal(generate(traced, ids, mask, tokens=12, chunk_size=chunk_size), expected)
+
+
+def test_long_prompts_go_in_chunks_by_themselves(model, lengths):
+    next(model.generate(np.full((1, 2049), 5)))
+    assert lengths == [1024, 1024, 1]
 
 
 def test_sampling(model, prompt):
@@ -141,6 +192,10 @@ def test_bad_calls_say_what_to_do(model, prompt):
         with pytest.raises(UserError, match=f"max_new_tokens is {count!r}"):
             next(model.generate(prompt, max_new_tokens=count))
     assert not list(model.generate(prompt, max_new_tokens=0))
+    with pytest.raises(
+        UserError, match="chunk_size is 0: give how many of the prompt's tokens to run at once, 1 or more"
+    ):
+        next(model.generate(prompt, chunk_size=0))
     for setting in ({"temperature": -1.0}, {"temperature": math.nan}, {"top_k": 0}, {"top_p": 1.5}):
         with pytest.raises(UserError, match="top_k 0 leaves no token" if "top_k" in setting else "is not in"):
             next(model.generate(prompt, **{"temperature": 1.0} | setting))

@@ -86,6 +86,7 @@ def test_generates_across_the_bound_as_without_a_cache(long, threshold):
     for _ in range(40):
         ids = np.concatenate([ids, model.logits(ids)[:, -1:].argmax(-1)], axis=1)
     np.testing.assert_array_equal(got, ids[:, 110:])
+    np.testing.assert_array_equal(generated(model, ids[:, :110], chunk_size=50), ids[:, 110:])
 
 
 def test_each_text_of_a_batch_passes_the_bound_by_itself(long):
@@ -99,6 +100,7 @@ def test_each_text_of_a_batch_passes_the_bound_by_itself(long):
         [generated(model, row[None, 135 - length :]) for row, (length,) in zip(ids, lengths, strict=True)]
     )
     np.testing.assert_array_equal(generated(model, ids, mask), alone)
+    np.testing.assert_array_equal(generated(model, ids, mask, chunk_size=50), alone)  # not parted: one is beyond it
     one = alone[1].tolist()
     stop = next(place for place in range(12, 40) if one[place] not in [*one[:place], *alone[2]])
     end = one[stop]
