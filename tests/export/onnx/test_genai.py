@@ -32,19 +32,21 @@ def load(folder: Path, share: bool) -> og.Model:
     return og.Model(config)
 
 
-def generator(model: og.Model, prompts: list[list[int]], pad: int, new: int = NEW) -> og.Generator:
+def generator(model: og.Model, prompts: list[list[int]], pad: int, new: int = NEW, **search: int) -> og.Generator:
     """Prompts of different length are padded on the right, as genai's tokenizer does."""
     width = max(map(len, prompts))
     params = og.GeneratorParams(model)
-    params.set_search_options(batch_size=len(prompts), max_length=width + new)
+    params.set_search_options(batch_size=len(prompts), max_length=width + new, **search)
     started = og.Generator(model, params)
     started.append_tokens(np.array([prompt + [pad] * (width - len(prompt)) for prompt in prompts], np.int32))
     return started
 
 
-def generate(model: og.Model, prompts: list[list[int]], ends: frozenset[int], pad: int) -> list[list[int]]:
+def generate(
+    model: og.Model, prompts: list[list[int]], ends: frozenset[int], pad: int, **search: int
+) -> list[list[int]]:
     """Returns what follows each prompt."""
-    started, width = generator(model, prompts, pad), max(map(len, prompts))
+    started, width = generator(model, prompts, pad, **search), max(map(len, prompts))
     while not started.is_done():
         started.generate_next_token()
     return [until_end(started.get_sequence(row).tolist()[width:], ends) for row in range(len(prompts))]
@@ -67,6 +69,14 @@ def test_every_family(exported, share):
     prompts, expected = random_prompts(ours)
     model = load(ours.path.parent, share)
     assert [generate(model, [prompt], ours.eos_ids, 0)[0] for prompt in prompts] == expected
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_prompts_in_chunks(exported, share):
+    ours, _ = exported
+    prompts, expected = random_prompts(ours)
+    model = load(ours.path.parent, share)
+    assert [generate(model, [prompt], ours.eos_ids, 0, chunk_size=4)[0] for prompt in prompts] == expected
 
 
 @pytest.mark.parametrize("share", [False, True])
