@@ -5,11 +5,12 @@ that it is given room for, those that the mask takes away as well; and all of a 
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import onnx_ir as ir
 from onnxscript import OpBuilder
 
-from .body import Inputs, either, executed, largest, merge_heads, reference, repeated, split_heads
+from .body import Inputs, branch, either, executed, largest, merge_heads, reference, repeated, split_heads
 
 QUERIES, KEYS = "num_heads", "kv_num_heads"  # the attributes that count heads
 SPAN = 128  # queries; fewer read keys too often, more compute scores of slots that only some of them see
@@ -33,21 +34,26 @@ def attends(
     """
 
     def attend(op: OpBuilder, key: ir.Value, value: ir.Value, length: ir.Value | None) -> ir.Value:
-        def one(op: OpBuilder) -> ir.Value:
-            return attended(op, query, key, value, op.GatherND(visible(op, key), rows), length)
+        # Each gives queries [B, W, H D], what they see [B, W, T], and where among them the rows are [n, 2].
+        def one(op: OpBuilder, seen: ir.Value) -> list[ir.Value]:
+            ranks = op.Unsqueeze(op.Range(0, op.Squeeze(op.Shape(rows, start=1, end=2)), 1), [1])  # [n, 1]
+            return [op.Identity(query), op.GatherND(seen, rows), op.Concat(op.Mul(ranks, 0), ranks, axis=1)]
 
-        def several(op: OpBuilder) -> ir.Value:
+        def several(op: OpBuilder, seen: ir.Value) -> list[ir.Value]:
             counts = op.ReduceSum(op.Cast(x["execute"], to=ir.DataType.INT64), [1], keepdims=1)  # [B, 1]
             ranks = op.Range(0, op.Squeeze(largest(op, counts, 0)), 1)  # [W]
             used = op.Less(ranks, counts)  # [B, W]
             slots = op.Where(used, op.Add(op.CumSum(counts, 0, exclusive=1), ranks), 0)  # [B, W]: which of the n rows
             places = op.Gather(op.Squeeze(rows, [0]), slots)  # [B, W, 2]
             spread = op.Gather(op.Squeeze(query, [0]), slots)  # [B, W, H D]
-            y = attended(op, spread, key, value, op.GatherND(visible(op, key), places), length)
-            return op.GatherND(y, op.Unsqueeze(executed(op, used), [0]))
+            return [spread, op.GatherND(seen, places), executed(op, used)]
 
         def some(op: OpBuilder) -> ir.Value:
-            return either(op, op.Equal(op.Shape(x["execute"], end=1), 1), ("one", one), ("several", several))
+            seen, single = visible(op, key), op.Equal(op.Shape(x["execute"], end=1), 1)
+            then, otherwise = (branch(op, lay.__name__, partial(lay, seen=seen), 3) for lay in (one, several))
+            laid = op.If(single, then_branch=then, else_branch=otherwise, _outputs=["queries", "mask", "places"])
+            queries, mask, places = laid
+            return op.GatherND(attended(op, queries, key, value, mask, length), op.Unsqueeze(places, [0]))
 
         def none(op: OpBuilder) -> ir.Value:
             return op.Identity(query)
