@@ -37,7 +37,8 @@ def attends(
         # Each gives queries [B, W, H D], what they see [B, W, T], and where among them the rows are [n, 2].
         def one(op: OpBuilder, seen: ir.Value) -> list[ir.Value]:
             ranks = op.Unsqueeze(op.Range(0, op.Squeeze(op.Shape(rows, start=1, end=2)), 1), [1])  # [n, 1]
-            return [op.Identity(query), op.GatherND(seen, rows), op.Concat(op.Mul(ranks, 0), ranks, axis=1)]
+            zeros = op.Sub(ranks, ranks)  # a constant would be copied to the device
+            return [op.Identity(query), op.GatherND(seen, rows), op.Concat(zeros, ranks, axis=1)]
 
         def several(op: OpBuilder, seen: ir.Value) -> list[ir.Value]:
             counts = op.ReduceSum(op.Cast(x["execute"], to=ir.DataType.INT64), [1], keepdims=1)  # [B, 1]
