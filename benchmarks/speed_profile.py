@@ -1,7 +1,6 @@
 """Where the time goes: onnxruntime's own profile, by operator."""
 
 import json
-import math
 import tempfile
 from bisect import bisect_right
 from collections import defaultdict
@@ -82,18 +81,15 @@ def by_operator(profile: Path, steps: int) -> dict[str, tuple[float, float]]:
     events = json.loads(profile.read_text("utf-8"))
     starts = sorted(event["ts"] for event in events if event["name"] == "model_run")
     calls = steps + 1 if steps > 1 else 1  # a runner begins with a step that wakes the session up
-    taken: dict[tuple[str, str, int, int], float] = defaultdict(float)
+    taken: dict[tuple[str, str, int], dict[int, float]] = defaultdict(lambda: defaultdict(float))
     for event in events:
         if event["cat"] != "Node" or not event["name"].endswith("_kernel_time"):
             continue
         round_, step = divmod(bisect_right(starts, event["ts"]) - 1, calls)
         operator = event["args"]["op_name"]
         if round_ > 0 and step >= calls - steps and operator not in ("If", "Loop"):
-            taken[operator, event["name"], step, round_] += event["dur"]
-    least: dict[tuple[str, str, int], float] = defaultdict(lambda: math.inf)
-    for (*node, _), microseconds in taken.items():
-        least[tuple(node)] = min(least[tuple(node)], microseconds)
+            taken[operator, event["name"], step][round_] += event["dur"]
     found: dict[str, list[float]] = defaultdict(list)
-    for (operator, _, _), microseconds in least.items():
-        found[operator].append(microseconds)
+    for (operator, _, _), rounds in taken.items():
+        found[operator].append(min(rounds.values()))
     return {name: (sum(times) / 1e3 / steps, len(times) / steps) for name, times in found.items()}

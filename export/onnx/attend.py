@@ -5,12 +5,11 @@ that it is given room for, those that the mask takes away as well; and all of a 
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import onnx_ir as ir
 from onnxscript import OpBuilder
 
-from .body import Inputs, branch, either, executed, largest, merge_heads, reference, repeated, split_heads
+from .body import Inputs, by_head, either, executed, fork, largest, merge_heads, reference, repeated
 
 QUERIES, KEYS = "num_heads", "kv_num_heads"  # the attributes that count heads
 SPAN = 128  # queries; fewer read keys too often, more compute scores of slots that only some of them see
@@ -34,27 +33,26 @@ def attends(
     """
 
     def attend(op: OpBuilder, key: ir.Value, value: ir.Value, length: ir.Value | None) -> ir.Value:
-        # Each gives queries [B, W, H D], what they see [B, W, T], and where among them the rows are [n, 2].
-        def one(op: OpBuilder, seen: ir.Value) -> list[ir.Value]:
+        # Each gives queries [B, W, H D], the tokens that they are of [B, W, 2], and where among them the rows are [n, 2].
+        def one(op: OpBuilder) -> list[ir.Value]:
             ranks = op.Unsqueeze(op.Range(0, op.Squeeze(op.Shape(rows, start=1, end=2)), 1), [1])  # [n, 1]
             zeros = op.Sub(ranks, ranks)  # a constant would be copied to the device
-            return [op.Identity(query), op.GatherND(seen, rows), op.Concat(zeros, ranks, axis=1)]
+            return [op.Identity(query), op.Identity(rows), op.Concat(zeros, ranks, axis=1)]
 
-        def several(op: OpBuilder, seen: ir.Value) -> list[ir.Value]:
+        def several(op: OpBuilder) -> list[ir.Value]:
             counts = op.ReduceSum(op.Cast(x["execute"], to=ir.DataType.INT64), [1], keepdims=1)  # [B, 1]
             ranks = op.Range(0, op.Squeeze(largest(op, counts, 0)), 1)  # [W]
             used = op.Less(ranks, counts)  # [B, W]
             slots = op.Where(used, op.Add(op.CumSum(counts, 0, exclusive=1), ranks), 0)  # [B, W]: which of the n rows
-            places = op.Gather(op.Squeeze(rows, [0]), slots)  # [B, W, 2]
-            spread = op.Gather(op.Squeeze(query, [0]), slots)  # [B, W, H D]
-            return [spread, op.GatherND(seen, places), executed(op, used)]
+            tokens, queries = (op.Gather(op.Squeeze(part, [0]), slots) for part in (rows, query))
+            return [queries, tokens, executed(op, used)]
 
         def some(op: OpBuilder) -> ir.Value:
-            seen, single = visible(op, key), op.Equal(op.Shape(x["execute"], end=1), 1)
-            then, otherwise = (branch(op, lay.__name__, partial(lay, seen=seen), 3) for lay in (one, several))
-            laid = op.If(single, then_branch=then, else_branch=otherwise, _outputs=["queries", "mask", "places"])
-            queries, mask, places = laid
-            return op.GatherND(attended(op, queries, key, value, mask, length), op.Unsqueeze(places, [0]))
+            single = op.Equal(op.Shape(x["execute"], end=1), 1)
+            names = ("queries", "tokens", "places")
+            queries, tokens, places = fork(op, single, ("one", one), ("several", several), names)
+            y = attended(op, queries, key, value, op.GatherND(visible(op, key), tokens), length)
+            return op.GatherND(y, op.Unsqueeze(places, [0]))
 
         def none(op: OpBuilder) -> ir.Value:
             return op.Identity(query)
@@ -78,15 +76,15 @@ def attended(
 
     def spans(op: OpBuilder) -> ir.Value:
         trips = op.Squeeze(op.Div(op.Add(op.Shape(query, start=1, end=2), SPAN - 1), SPAN))
-        return repeated(op, "span", trips, _cut(op, query, [0], [0], 1), span)
+        return repeated(op, "span", trips, op.Slice(query, [0], [0], [1]), span)
 
     def span(op: OpBuilder, trip: ir.Value, before: ir.Value) -> ir.Value:
         start = op.Mul(op.Unsqueeze(trip, [0]), SPAN)
-        queries, seen = (_cut(op, part, start, op.Add(start, SPAN), 1) for part in (query, mask))
+        queries, seen = (op.Slice(part, start, op.Add(start, SPAN), [1]) for part in (query, mask))
         slots = op.NonZero(op.ReduceSum(op.Cast(seen, to=ir.DataType.FLOAT), [0, 1], keepdims=0))  # [1, n], rising
         first, last = (op.Gather(op.Squeeze(slots, [0]), place) for place in ([0], [-1]))
         end = op.Add(last, 1)
-        y = _core(op, queries, key, value, _cut(op, seen, first, end, 2), first, end)
+        y = _core(op, queries, key, value, op.Slice(seen, first, end, [2]), first, end)
         return op.Concat(before, y, axis=1)
 
     if query.dtype != ir.DataType.FLOAT:
@@ -115,20 +113,15 @@ def _core(
     Its soft cap comes before the mask, by ONNX Runtime: what is masked stays so.
     """
     if end is not None:
-        key, value = (_cut(op, part, first, end, 2) for part in (key, value))
+        key, value = (op.Slice(part, first, end, [2]) for part in (key, value))
     mask = op.Unsqueeze(mask, [1])
     if query.dtype != ir.DataType.FLOAT:
         # CUDA's attention that does not keep all scores in memory wants a multiple of 4 slots.
         missing = op.Mod(op.Neg(op.Shape(mask, start=3)), 4)  # [1]
         key, value, mask = (_widened(op, *part, missing) for part in ((key, 2), (value, 2), (mask, 3)))
     scores = {name: reference(name, name, ir.AttributeType.FLOAT) for name in ("scale", "softcap")}
-    heads = op.Transpose(split_heads(op, query, QUERIES), perm=[0, 2, 1, 3])
-    return merge_heads(op, op.Transpose(op.Attention(heads, key, value, mask, **scores), perm=[0, 2, 1, 3]), QUERIES)
-
-
-def _cut(op: OpBuilder, y: ir.Value, start: ir.Value | list[int], end: ir.Value | list[int], axis: int) -> ir.Value:
-    """From ``start[1]`` to before ``end[1]``, along an axis."""
-    return op.Slice(y, start, end, [axis])
+    y = op.Attention(by_head(op, query, QUERIES), key, value, mask, **scores)
+    return merge_heads(op, op.Transpose(y, perm=[0, 2, 1, 3]), QUERIES)
 
 
 def _widened(op: OpBuilder, y: ir.Value, axis: int, by: ir.Value) -> ir.Value:

@@ -7,7 +7,7 @@ Products and norms stay outside of all branches: ONNX Runtime packs a weight for
 unpacked for two.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import onnx_ir as ir
 from onnxscript import OpBuilder
@@ -16,19 +16,18 @@ from .attend import KEYS, QUERIES, Attend, any_of, attended, attends
 from .body import (
     MICROSOFT,
     Inputs,
-    branch,
+    Traces,
+    by_head,
     contribution,
     count,
     executed,
+    fork,
     linear,
     merge_heads,
     reference,
     rms_norm,
     split_heads,
 )
-
-# -> attended [B, W, H D] or [1, n, H D], and the whole cache's keys and values
-Trace = Callable[[OpBuilder], Sequence[ir.Value]]
 
 
 def dense(op: OpBuilder, x: Inputs) -> list[ir.Value]:
@@ -149,17 +148,11 @@ def _turned(op: OpBuilder, x: Inputs, rows: ir.Value, query: ir.Value) -> ir.Val
     return _rotated(op, x, query, QUERIES, op.GatherND(x["cos"], rows), op.GatherND(x["sin"], rows))
 
 
-def _by_head(op: OpBuilder, y: ir.Value, heads: str) -> ir.Value:
-    """``[B, S, heads D]`` -> ``[B, heads, S, D]``"""
-    return op.Transpose(split_heads(op, y, heads), perm=[0, 2, 1, 3])
-
-
 def _either(
-    op: OpBuilder, condition: ir.Value, then: tuple[str, Trace], otherwise: tuple[str, Trace]
+    op: OpBuilder, condition: ir.Value, then: tuple[str, Traces], otherwise: tuple[str, Traces]
 ) -> Sequence[ir.Value]:
-    """An If with named branches, of what a ``Trace`` gives."""
-    branches = {name: branch(op, *made, 3) for name, made in (("then_branch", then), ("else_branch", otherwise))}
-    return op.If(condition, **branches, _outputs=["attended", "key", "value"])
+    """An If whose branches give attended ``[B, W, H D]`` or ``[1, n, H D]``, and the whole cache's keys and values."""
+    return fork(op, condition, then, otherwise, ("attended", "key", "value"))
 
 
 def _scattered(op: OpBuilder, x: Inputs, *new: ir.Value) -> list[ir.Value]:
@@ -175,7 +168,7 @@ def _cached(
     value: ir.Value,
     attend: Attend,
     stepping: ir.Value | None = None,
-    step: Trace | None = None,
+    step: Traces | None = None,
 ) -> Sequence[ir.Value]:
     """new keys, values ``[B, S, K D]`` -> cache -> attend;  returns attend's output and the whole cache
 
@@ -189,7 +182,7 @@ def _cached(
     end = op.Shape(x["mask"], start=2)  # [1]
 
     def scattered(op: OpBuilder) -> Sequence[ir.Value]:
-        keys, values = _scattered(op, x, *(_by_head(op, new, KEYS) for new in (key, value)))
+        keys, values = _scattered(op, x, *(by_head(op, new, KEYS) for new in (key, value)))
         return [attend(op, keys, values, end), keys, values]
 
     def in_place(op: OpBuilder) -> Sequence[ir.Value]:
@@ -199,7 +192,7 @@ def _cached(
 
     def grown(op: OpBuilder) -> Sequence[ir.Value]:
         pasts = (x["past_key"], key), (x["past_value"], value)
-        keys, values = (op.Concat(past, _by_head(op, new, KEYS), axis=2) for past, new in pasts)
+        keys, values = (op.Concat(past, by_head(op, new, KEYS), axis=2) for past, new in pasts)
         return [attend(op, keys, values, None), keys, values]
 
     room = op.LessOrEqual(end, op.Shape(x["past_key"], start=2, end=3))

@@ -9,6 +9,7 @@ from onnxscript import OpBuilder
 MICROSOFT = "com.microsoft"
 
 Trace = Callable[[OpBuilder], ir.Value]
+Traces = Callable[[OpBuilder], Sequence[ir.Value]]
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,11 @@ def split_heads(op: OpBuilder, y: ir.Value, heads: str) -> ir.Value:
     return op.Reshape(y, op.Concat([0, 0], count(op, heads), count(op, "head_dim"), axis=0))
 
 
+def by_head(op: OpBuilder, y: ir.Value, heads: str) -> ir.Value:
+    """``[B, S, heads D]`` -> ``[B, heads, S, D]``"""
+    return op.Transpose(split_heads(op, y, heads), perm=[0, 2, 1, 3])
+
+
 def merge_heads(op: OpBuilder, y: ir.Value, heads: str) -> ir.Value:
     """``[B, S, heads, D]`` -> ``[B, S, heads D]``"""
     return op.Reshape(y, op.Concat([0, 0], op.Mul(count(op, heads), count(op, "head_dim")), axis=0))
@@ -120,7 +126,20 @@ def either(op: OpBuilder, condition: ir.Value, then: tuple[str, Trace], otherwis
     return op.If(condition, then_branch=traced(*then), else_branch=traced(*otherwise))
 
 
-def branch(op: OpBuilder, name: str, trace: Callable[[OpBuilder], Sequence[ir.Value]], outputs: int = 1) -> ir.Graph:
+def fork(
+    op: OpBuilder,
+    condition: ir.Value,
+    then: tuple[str, Traces],
+    otherwise: tuple[str, Traces],
+    outputs: tuple[str, ...],
+) -> Sequence[ir.Value]:
+    """An If with named branches of several outputs each."""
+    made = {"then_branch": then, "else_branch": otherwise}
+    branches = {name: branch(op, *traced, len(outputs)) for name, traced in made.items()}
+    return op.If(condition, **branches, _outputs=list(outputs))
+
+
+def branch(op: OpBuilder, name: str, trace: Traces, outputs: int = 1) -> ir.Graph:
     """Traces one branch of an If; it sees the values around it."""
 
     def scoped(inner: OpBuilder) -> Sequence[ir.Value] | ir.Value:

@@ -62,7 +62,8 @@ class Buffers:
             outputs |= self._run(feed | part)
             saved.append(outputs["routing_saved"])
             tokens.append(int(mask[:, cached + start : cached + end].sum()))
-            executed += [outputs[name] for name in ("executed",) if name in outputs]
+            if "executed" in outputs:
+                executed.append(outputs["executed"])
         if len(tokens) > 1:
             outputs["routing_saved"] = np.average(saved, axis=0, weights=tokens).astype(np.float32)
             if executed:
