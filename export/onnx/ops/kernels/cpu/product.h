@@ -26,7 +26,12 @@ inline void fetch(const void* now, int64_t ahead) {
   constexpr int kLine = 64;
   for (int byte = 0; byte < kBytes; byte += kLine) __builtin_prefetch(static_cast<const char*>(now) + ahead + byte);
 }
+// How far ahead pays is measured: 2048 bytes on a Xeon; on Zen 1 they cost one row a sixth of its speed, and 896 gain a tenth.
+#if defined(__AVX512F__) || defined(__aarch64__)
 inline constexpr int64_t kAhead = 2048;
+#else
+inline constexpr int64_t kAhead = 896;
+#endif
 
 // c[r][0..N vectors] (+)= sum over k of a[r * a_row + k * a_step] * b[k * b_step + ...]
 template <int R, int N>
