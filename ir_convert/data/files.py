@@ -48,14 +48,12 @@ def open_path(path: Path, name: str, field: str) -> Files:
         UserError: unreadable, or a folder without text.
     """
     with reading(path):
-        if path.is_file():
-            # In a folder a .json file is one of many things; named by itself it is meant as records.
-            records = path.suffix.lower() == ".json"
-            return Files(name, [JsonLines(path, field) if records else _open_file(path, field)])
-        if not path.is_dir():
+        if not path.is_file() and not path.is_dir():
             raise UserError(f"calibration text {path} is neither a file nor a folder")
-        paths = sorted(_walk(path))
-        files = [_open_file(file, field) for file in paths if _is_text(file)]
+        paths = [path] if path.is_file() else [file for file in sorted(_walk(path)) if _is_text(file)]
+        # Among others a .json file is one of many things; by itself, or among its like, it is meant as records.
+        records = all(file.suffix.lower() == ".json" for file in paths)
+        files = [JsonLines(file, field) if records else _open_file(file, field) for file in paths]
     if not files:
         raise UserError(f"calibration folder {path} holds no text file: UTF-8 text, JSON lines (.jsonl) or .parquet")
     return Files(name, files)

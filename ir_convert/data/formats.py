@@ -14,6 +14,7 @@ from .pieces import Piece, Pieces, document, no_such_field
 
 CHUNK = 65536
 STARTS_PER_ROW_GROUP = 8
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".7z")
 
 
 class File(Protocol):
@@ -49,8 +50,9 @@ class TextFile:
         try:
             text = data.decode("utf-8")
         except UnicodeDecodeError as error:
+            unpack = ": unpack it first" if self._path.suffix.lower() in COMPRESSED else ""
             byte = start + error.start
-            raise UserError(f"calibration text {self._path} is not UTF-8 text (byte {byte})") from error
+            raise UserError(f"calibration text {self._path} is not UTF-8 text (byte {byte}){unpack}") from error
         if "\0" in text:
             raise UserError(f"calibration text {self._path} is binary: it holds a NUL character")
         return text.removeprefix("\ufeff") if text.strip("\ufeff \t\r\n") else ""
@@ -93,6 +95,11 @@ class JsonLines:
         return gzip.open(self._path) if self._zipped else self._path.open("rb")  # type: ignore[return-value]
 
     def _parse(self, line: bytes, position: int) -> str:
+        if not position and line.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
+            raise UserError(
+                f"{self._path} is one JSON array, and is read as JSON lines: make them of it, one record a line "
+                "(jq -c '.[]' FILE > FILE.jsonl)"
+            )
         try:
             record = json.loads(line.decode("utf-8-sig"))
         except UnicodeDecodeError as error:

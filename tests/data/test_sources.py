@@ -222,7 +222,7 @@ def test_json_lines(count, tmp_path):
         (b'{"text": "a"}\n["a"]\n', "byte 14: a record is list"),
         (b'{"text": "a"}\n{"text": \n', "the line at byte 14 is not JSON, of which every line must be"),
         (b'{"text": "a"}\n{"text": "\xff"}\n', r"is not UTF-8 text \(byte 24\)"),
-        (b"[" * 100_000, "is not JSON"),
+        (b'{"text": "a"}\n' + b"[" * 100_000, "is not JSON"),
     ],
 )
 def test_bad_json_lines(content, message, tmp_path):
@@ -234,8 +234,25 @@ def test_bad_json_lines(content, message, tmp_path):
 def test_a_json_file_is_records(tmp_path):
     path = write_lines(tmp_path / "a.json", [{"text": "one"}, {"text": "two"}])
     assert "".join(everything(open_path(path, "a", "text"))) == "onetwo"
-    path.write_text(json.dumps([{"text": "one"}], indent=1))
-    with pytest.raises(UserError, match="the line at byte 0 is not JSON, of which every line must be one record"):
+    write_lines(tmp_path / "b.json", [{"text": "three"}])
+    assert "".join(everything(open_path(tmp_path, "a", "text"))) == "onetwothree"
+    (tmp_path / "c.txt").write_text("four")  # now the others are one of many things
+    assert "".join(everything(open_path(tmp_path, "a", "text"))).startswith('{"text": "one"}')
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("before", ["", "\ufeff", " "])
+def test_a_json_array(indent, before, tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(before + json.dumps([{"text": "one"} for _ in range(2000)], indent=indent))
+    with pytest.raises(UserError, match=r"is one JSON array, .* make them of it, one record a line"):
+        everything(open_path(path, "a", "text"), 3)
+
+
+def test_packed_text_is_named(tmp_path):
+    path = tmp_path / "a.txt.gz"
+    path.write_bytes(gzip.compress(b"some words"))
+    with pytest.raises(UserError, match=r"a.txt.gz is not UTF-8 text \(byte 1\): unpack it first"):
         everything(open_path(path, "a", "text"))
 
 
