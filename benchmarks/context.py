@@ -3,8 +3,9 @@
     python benchmarks/context.py MODEL --calibration cal.txt
 
 Forecasters are linear, fitted in closed form to the dense model. Beside a token's own hidden state h[t], each may see: h[t-1];
-the mean of all h before t; a decaying mean of them; the two before t. ``same FLOPs`` has a smaller rank, so that its two
-products cost what the plain one's do. Whatever a forecaster sees of other tokens, a runtime must keep for it beside the KV cache.
+the mean of all h before t; a decaying mean of them; the two before t; or the values v of tokens before, which are narrower where
+query heads share them. ``same FLOPs`` has a smaller rank, so that its two products cost what the plain one's do. Of hidden states a
+runtime must keep what a forecaster sees of them beside the KV cache, which has the values already.
 """
 
 import argparse
@@ -36,6 +37,13 @@ def mean(h: Tensor) -> Tensor:
     return before(h).cumsum(1) / count
 
 
+def recent(v: Tensor, tokens: int) -> Tensor:
+    """The mean of so many tokens' v, the token's own the last of them."""
+    sums = torch.nn.functional.pad(v.cumsum(1), (0, 0, tokens, 0))
+    count = torch.arange(1, v.shape[1] + 1).clamp(max=tokens).view(1, -1, 1)
+    return (sums[:, tokens:] - sums[:, :-tokens]) / count
+
+
 def decaying(h: Tensor) -> Tensor:
     """The decaying mean of all h before a token."""
     state, states = torch.zeros_like(h[:, 0]), []
@@ -45,12 +53,19 @@ def decaying(h: Tensor) -> Tensor:
     return torch.stack(states, 1)
 
 
-CONTEXTS: dict[str, list[Callable[[Tensor], Tensor]]] = {
+CONTEXTS: dict[str, list[Callable[[Tensor, Tensor], Tensor]]] = {
     "the token alone": [],
-    "+ the one before": [before],
-    "+ the mean of all before": [mean],
-    "+ a decaying mean": [decaying],
-    "+ the two before": [before, lambda h: before(h, 2)],
+    "+ the one before": [lambda h, v: before(h)],
+    "+ the mean of all before": [lambda h, v: mean(h)],
+    "+ a decaying mean": [lambda h, v: decaying(h)],
+    "+ the two before": [lambda h, v: before(h), lambda h, v: before(h, 2)],
+    "+ the value before": [lambda h, v: before(v)],
+    "+ the mean of 4 values": [lambda h, v: recent(v, 4)],
+    "+ a decaying mean of values": [lambda h, v: decaying(v)],
+    "+ the two values before, and the mean of 16": [
+        *(lambda h, v: before(v), lambda h, v: before(v, 2)),
+        lambda h, v: recent(v, 16),
+    ],
 }
 
 
@@ -71,15 +86,16 @@ def main() -> None:
     fit, held_out = (decoder.embed(ids) for ids in (blocks.fit, blocks.threshold))
     rank = default_rank(d)
     rows: dict[str, list[list[float]]] = {name: [] for name in CONTEXTS}
-    for _, layer in decoder.layers():
+    for index, layer in decoder.layers():
         h, y = layer.norm("attention", fit), outputs(layer.contribution, fit)
         unseen, target = layer.norm("attention", held_out), outputs(layer.contribution, held_out)
+        project = checkpoint.read_layer(index, torch.float32)["self_attn.v_proj.weight"].T
         for name, context in CONTEXTS.items():
-            moments = Moments(d * (1 + len(context)), d, torch.device("cpu"))
-            moments.add(torch.cat([h, *(part(h) for part in context)], -1), y)
+            shown, seen = (torch.cat([x, *(part(x, x @ project) for part in context)], -1) for x in (h, unseen))
+            moments = Moments(shown.shape[-1], d, torch.device("cpu"))
+            moments.add(shown, y)
             forecaster, _ = moments.fit(rank)
-            seen = torch.cat([unseen, *(part(unseen) for part in context)], -1)
-            smaller = round(rank * 2 / (2 + len(context)))
+            smaller = round(rank * 2 * d / (d + shown.shape[-1]))
             rows[name].append([unexplained(truncated(forecaster, r), seen, target) for r in (rank, smaller)])
         fit, held_out = (mlp(layer, x, by) for x, by in ((fit, y), (held_out, target)))
     print(f"Share of variance unexplained, mean over {len(rows['the token alone'])} layers, rank {rank}\n")
