@@ -25,9 +25,9 @@ demo: .venv/.installed $(DEMO)/calibration.txt
 	@echo; echo '--- Hugging Face:'
 	$(BIN)/ir-convert generate $(DEMO)/ir-tiny 'The "with" statement ' --max-new-tokens 48
 
-# Two processes of one thread each; a file stays in one, for what its tests share.
+# Two processes of one thread each; a file stays in one, for what its tests share, and tests/conftest.py says which come first.
 test: .venv/.installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # optimum-onnx and Triton's schema hold transformers and protobuf back; the checkpoint's own tests run on that line too.
 .venv-interop/.installed: tests/interop/requirements.txt pyproject.toml

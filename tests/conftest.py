@@ -20,6 +20,21 @@ os.environ.setdefault(VARIABLE, "")
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Orders files so that two processes wait for each other least: the longest of those that need the converted model makes it
+    first, the others of them come last; between them the largest first.
+    """
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+
+    def needs(path: Path) -> bool:
+        return any("converted" in getattr(item, "fixturenames", ()) for item in files[path])
+
+    order = sorted(files, key=lambda path: (path.name != "test_quality.py", needs(path), -len(files[path])))
+    items[:] = [item for path in order for item in files[path]]
+
+
 @pytest.fixture(scope="session", params=list(CONFIGS))
 def random_model(request, tmp_path_factory):
     """(family name, transformers model, checkpoint, routing), for every family."""

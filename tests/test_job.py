@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from calibrations import shorten
 from test_cli import run  # noqa: F401
 from trained import TINY
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -61,6 +62,12 @@ def model(tmp_path_factory) -> Path:
         if (TINY / name).is_file():
             shutil.copy(TINY / name, path)
     return path
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """Fits in this process are short; commands in processes of their own run in full."""
+    shorten(monkeypatch)
 
 
 @pytest.fixture(scope="module")

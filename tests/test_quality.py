@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 from calibrations import shorten
-from trained import Converted
+from trained import TOKENS, Converted
 
 from ir_convert.calibrate import Options, calibrate
 from ir_convert.data import Blocks, Source, read_blocks
+from ir_convert.data.blocks import BLOCK
 from ir_convert.evaluate import Quality, measure
 
 
@@ -20,8 +21,8 @@ def figures(converted: Converted) -> list[Quality]:
     return [measured.quality(place) for place in range(3)]
 
 
-def calibration(converted: Converted, tokens: int) -> Blocks:
-    return read_blocks([Source(str(converted.folder / "calibration.txt"))], converted.tokenizer, tokens)
+def calibration(converted: Converted, tokens: int, block: int = BLOCK) -> Blocks:
+    return read_blocks([Source(str(converted.folder / "calibration.txt"))], converted.tokenizer, tokens, block)
 
 
 def test_dense_perplexity_is_the_base_models(converted, figures):
@@ -41,7 +42,7 @@ def test_more_sparsity_costs_more(figures):
 
 
 def test_forecasting_beats_skipping(converted, figures):
-    greedy = calibrate(converted.checkpoint, calibration(converted, 65536), Options(sparsity=0.25, rank=0))
+    greedy = calibrate(converted.checkpoint, calibration(converted, TOKENS), Options(sparsity=0.25, rank=0))
     measured = measure(converted.decoder, greedy.units, converted.unseen, [greedy.threshold])
     dense, skipping = measured.quality(0), measured.quality(1)
     excess = math.log(figures[1].perplexity / dense.perplexity)
@@ -53,7 +54,7 @@ def test_forecasting_beats_skipping(converted, figures):
 def test_same_seed_same_routing(converted, monkeypatch):
     """Two calibrations with the same options are equal bit for bit."""
     shorten(monkeypatch)
-    blocks, options = calibration(converted, 12_000), Options(sparsity=0.3, rank=4, seed=7)
+    blocks, options = calibration(converted, 3072, 128), Options(sparsity=0.3, rank=4, seed=7)
     one, other = (calibrate(converted.checkpoint, blocks, options) for _ in range(2))
     assert one.curve == other.curve
     for key, unit in one.units.items():

@@ -19,6 +19,7 @@ from ir_convert.routing import Routing
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TINY = EXAMPLES / "tiny-llama"
+TOKENS = 32768
 
 
 def stdlib_text(part: str) -> str:
@@ -46,7 +47,7 @@ class Converted:
         calibration.write_text(stdlib_text("calibration"), encoding="utf-8")
         outs = ["onnx/ir-tiny.onnx", "ir-tiny", "ir-tiny.safetensors"]
         command = [sys.executable, "-m", "ir_convert", TINY, "--sparsity", "0.25"]
-        command += ["--calibration", calibration, "--tokens", "65536"]
+        command += ["--calibration", calibration, "--tokens", str(TOKENS)]
         command += [argument for out in outs for argument in ("--out", folder / out)]
         # One thread: the other core is another test process's.
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
