@@ -5,12 +5,11 @@ without a GPU. It is a device type of its own, ``gpu``, for the whole process: t
 what operations compute, and in when they do, it is the CPU.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 COPIES = {"copy_", "_to_copy"}
@@ -57,7 +56,7 @@ class _Everywhere(TorchDispatchMode):
 
 def _run(operator, args: tuple, kwargs: dict):
     name = operator._schema.name.partition("::")[2]
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    tensors = [*_tensors(args), *_tensors(kwargs.values())]
     there = [tensor for tensor in tensors if isinstance(tensor, There)]
     _check(operator, name, args, tensors, there)
     if name == "_fused_sdp_choice":
@@ -68,13 +67,13 @@ def _run(operator, args: tuple, kwargs: dict):
         kwargs = kwargs | {"device": torch.device("cpu")} if goes else kwargs
     if name == "histc" and not args[0].is_floating_point():  # GPUs count integers, too
         args = (args[0].float(), *args[1:])
-    result = operator(*tree_map_only(There, _inner, args), **tree_map_only(There, _inner, kwargs))
+    result = operator(
+        *_with(There, _inner, args), **{key: _with(There, _inner, value) for key, value in kwargs.items()}
+    )
     if name in ANSWERS or not goes:
         return result
     known = {id(tensor.inner): tensor for tensor in there}  # what is changed in place comes back as itself
-    return tree_map_only(
-        torch.Tensor, lambda tensor: known[id(tensor)] if id(tensor) in known else There(tensor), result
-    )
+    return _with(torch.Tensor, lambda tensor: known[id(tensor)] if id(tensor) in known else There(tensor), result)
 
 
 def _check(operator, name: str, args: tuple, tensors: list[torch.Tensor], there: list[There]) -> None:
@@ -91,6 +90,23 @@ def _check(operator, name: str, args: tuple, tensors: list[torch.Tensor], there:
     if wrong:
         shapes = [list(tensor.shape) for tensor in wrong]
         raise RuntimeError(f"Expected all tensors to be on the same device: {operator} found {shapes} on the CPU")
+
+
+def _tensors(values: Iterable) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+def _with(kind: type, change: Callable, value):
+    """Returns an operation's argument or result with ``change`` done to what is of this kind. (PyTorch's trees take thrice as long.)"""
+    if isinstance(value, kind):
+        return change(value)
+    if isinstance(value, list | tuple):
+        return type(value)(_with(kind, change, part) for part in value)
+    return value
 
 
 def _inner(tensor: There) -> torch.Tensor:
