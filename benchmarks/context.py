@@ -90,8 +90,9 @@ def main() -> None:
         h, y = layer.norm("attention", fit), outputs(layer.contribution, fit)
         unseen, target = layer.norm("attention", held_out), outputs(layer.contribution, held_out)
         project = checkpoint.read_layer(index, torch.float32)["self_attn.v_proj.weight"].T
+        inputs = [(x, x @ project) for x in (h, unseen)]
         for name, context in CONTEXTS.items():
-            shown, seen = (torch.cat([x, *(part(x, x @ project) for part in context)], -1) for x in (h, unseen))
+            shown, seen = (torch.cat([x, *(part(x, v) for part in context)], -1) for x, v in inputs)
             moments = Moments(shown.shape[-1], d, torch.device("cpu"))
             moments.add(shown, y)
             forecaster, _ = moments.fit(rank)
