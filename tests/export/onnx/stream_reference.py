@@ -28,11 +28,16 @@ class Streamed:
 
 
 class StreamReference:
-    """Runs a routing on a base model, its low-rank changes folded in."""
+    """Runs a routing on a base model, its low-rank changes folded in. It reads the weights once: these models are tiny."""
 
     def __init__(self, checkpoint: Checkpoint, routing: Routing) -> None:
-        self.decoder = Decoder(checkpoint.with_lora(routing.lora), torch.device("cpu"))
-        self.routing = routing
+        def decoder() -> Decoder:
+            return Decoder(checkpoint.with_lora(routing.lora), torch.device("cpu"))
+
+        self.decoder, self.routing = decoder(), routing
+        # A decoder keeps one part at a time.
+        self._layers = [decoder().layer(index) for index in range(self.decoder.config.num_hidden_layers)]
+        self._head = decoder().head()
 
     @torch.no_grad()
     def __call__(self, ids: Tensor, mask: Tensor, threshold: float) -> Streamed:
@@ -42,7 +47,7 @@ class StreamReference:
             result.executed[key] = torch.zeros_like(mask, dtype=torch.bool)
         rows = [(row, mask[row].bool()) for row in range(len(ids))]
         streams = [self.decoder.embed(ids[row][real][None]) for row, real in rows]
-        for index, layer in self.decoder.layers():
+        for index, layer in enumerate(self._layers):
             for unit in UNITS:
                 routed = self.routing.units.get((index, unit))
                 for row, real in rows:
@@ -54,7 +59,6 @@ class StreamReference:
                     )
                     if executed is not None:
                         result.executed[index, unit][row, real] = executed[0]
-        head = self.decoder.head()
         for row, real in rows:
-            result.logits[row, real] = head(streams[row])[0]
+            result.logits[row, real] = self._head(streams[row])[0]
         return result
