@@ -32,7 +32,7 @@ PROPERTY = settings(
     max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 thresholds = st.one_of(st.floats(-4, 4), st.sampled_from([-math.inf, math.inf]))
-GREEDY = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False}
+GREEDY = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False}
 
 
 @pytest.fixture(scope="module", params=VARIANTS)

@@ -14,7 +14,7 @@ from ir_convert.export.onnx.body import Features
 from ir_convert.export.onnx.functions import attention
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     seed=st.integers(0, 2**16),
     batch=st.integers(1, 4),

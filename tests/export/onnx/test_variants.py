@@ -136,13 +136,14 @@ def test_strict_in_float16(tmp_path):
     (tmp_path / "onnx").mkdir()
     write(checkpoint, routing, tmp_path / "onnx", "m.onnx", dtype=torch.float16)
     model, batch = OnnxModel.load(tmp_path / "onnx", threads=1, threshold=0.0), padded_batch()
-    expected = StreamReference(checkpoint, routing)(batch.ids, batch.mask, 0.0)
+    reference = StreamReference(checkpoint, routing)
+    expected = reference(batch.ids, batch.mask, 0.0)
     _, cache = model.forward(batch.ids.numpy(), batch.mask.numpy())
     first = expected.executed[0, "attention"].numpy()  # later layers may decide otherwise after rounding
     np.testing.assert_array_equal((cache[0] != 0).any(axis=(1, 3)), first)
     assert torch.isfinite(run_pieces(model, batch)).all()
     model.threshold = -math.inf
     got = run_pieces(model, batch)
-    expected = StreamReference(checkpoint, routing)(batch.ids, batch.mask, -math.inf).logits
+    expected = reference(batch.ids, batch.mask, -math.inf).logits
     real = batch.mask.bool()
     assert (got.float() - expected)[real].abs().max() < 0.02 * expected.abs().max()
