@@ -195,6 +195,20 @@ def test_no_library(library, tmp_path, monkeypatch):
         choose(old, units(library), CPU)
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="libraries there are not ELF files")
+@pytest.mark.parametrize("part", [0.001, 0.5, 0.9999])
+def test_cut_short(library, part, tmp_path):
+    """Not to be loaded: it would kill the process."""
+    whole, short = library.read_bytes(), tmp_path / "short.so"
+    size = int(len(whole) * part)
+    short.write_bytes(whole[:size])
+    said = rf"short.so is cut short, {size} of {len(whole)} bytes: copy it again, or build it again"
+    with pytest.raises(UserError, match=said):
+        choose(short, units(library), CPU)
+    with pytest.raises(UserError, match=said):
+        level(short)
+
+
 # Registers the library twice, with a table of functions that do nothing and two versions of it; prints what the second said.
 TWO_VERSIONS = """
 import ctypes, sys
