@@ -20,23 +20,12 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from . import experts, rope
 from .errors import UserError, one_line
 from .families import UNITS, Family, family_of, projection_sizes
-from .files import expanded, require_readable
+from .files import TOKENIZER_FILES, expanded, require_readable
 from .integrity import require_whole
 from .supported import require_supported
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 ADAPTER = "adapter_config.json"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 COPIED = ("generation_config.json", *TOKENIZER_FILES)  # from the base model to what is written
 
 # Low-rank changes by weight name: A ``[rank, in]`` and B ``[out, rank]``; the changed weight is W + B A.

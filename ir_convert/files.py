@@ -1,10 +1,23 @@
-"""Making sure that what was written stays written."""
+"""Which files there are, and making sure that what was written stays written."""
 
 import os
 from pathlib import Path
 from typing import BinaryIO
 
 from .errors import UserError
+
+# What a tokenizer may consist of, in a model's folder.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 
 
 def expanded(path: Path) -> Path:

@@ -6,13 +6,11 @@ saves its q and o projections; with a strict one it saves all four. Beside it st
 of approximated (token, unit) pairs over all units of the model, those that are not routed included.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
-from .errors import UserError
 from .families import UNITS, family_of, projection_sizes
 from .units import Units
 
@@ -91,14 +89,3 @@ def forecaster_flops(hidden: int, rank: int) -> int:
 def router_flops(hidden: int, width: int) -> int:
     """FLOPs per token of a router."""
     return 2 * (hidden + 1) * width
-
-
-def within_reach(sparsity: float) -> float:
-    """Returns the most that can be saved as messages name it: rounded down, or what they name would be refused."""
-    return math.floor(sparsity * 1000) / 1000
-
-
-def require_share(sparsity: float) -> None:
-    """Raises UserError where a sparsity is no share of the FLOPs."""
-    if not 0 <= sparsity < 1:
-        raise UserError(f"sparsity {sparsity:g} is not in [0, 1): it is the share of FLOPs to save, e.g. 0.4")

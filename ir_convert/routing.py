@@ -6,48 +6,23 @@ Metadata ``ir_convert`` (JSON): base model and hash of its weights, recipe, opti
 """
 
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .checkpoint import Lora
+from .curve import Curve
 from .errors import UserError
 from .files import require_readable, sync
-from .flops import require_share, within_reach
 from .units import Units, units_from_tensors, units_to_tensors
 
 FORMAT = 2
 
 __all__ = ["Curve", "Routing", "Units"]
-
-
-@dataclass
-class Curve:
-    """Sparsity against threshold, measured on held-out text. Both rise strictly."""
-
-    sparsity: list[float]
-    threshold: list[float]
-
-    def at(self, sparsity: float) -> float:
-        """Returns the threshold that saves ``sparsity`` of the FLOPs; -inf (the dense model) for 0.
-
-        Raises:
-            UserError: it is no share, or no threshold saves that much.
-        """
-        require_share(sparsity)
-        if sparsity == 0:
-            return -math.inf
-        if sparsity > self.sparsity[-1] + 1e-9:
-            raise UserError(
-                f"sparsity {sparsity:g} is out of reach; this routing reaches {within_reach(self.sparsity[-1]):.3f}"
-            )
-        return float(np.float32(np.interp(sparsity, self.sparsity, self.threshold)))
 
 
 @dataclass

@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from ir_convert import convert as module
 from ir_convert.calibrate import refit
 from ir_convert.calibrate.endtoend import polish
-from ir_convert.checkpoint import TOKENIZER_FILES
 from ir_convert.errors import UserError
+from ir_convert.files import TOKENIZER_FILES
 from ir_convert.routing import Routing
 from ir_convert.stream import work as stream_work
 from ir_convert.writing import Writing

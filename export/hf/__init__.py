@@ -1,6 +1,18 @@
 """The Hugging Face export: a checkpoint that ``AutoModelForCausalLM`` loads, and the code that travels with it."""
 
-from .loader import load, load_tokenizer
-from .writer import write
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .loader import load, load_tokenizer
+    from .writer import write
 
 __all__ = ["load", "load_tokenizer", "write"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports loader and writer when they are asked for: they import the models of transformers, which takes seconds."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import loader, writer
+
+    return getattr(writer if name == "write" else loader, name)

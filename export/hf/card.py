@@ -3,9 +3,9 @@
 import math
 
 from ir_convert.checkpoint import Checkpoint
+from ir_convert.curve import within_reach
 from ir_convert.decoder import attention_kernel
 from ir_convert.families import UNITS
-from ir_convert.flops import within_reach
 from ir_convert.routing import Routing
 
 

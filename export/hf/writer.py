@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 from ir_convert import __version__
-from ir_convert.checkpoint import INDEX, SINGLE, TOKENIZER_FILES, Checkpoint
+from ir_convert.checkpoint import INDEX, SINGLE, Checkpoint
 from ir_convert.errors import UserError
 from ir_convert.families import UNITS
-from ir_convert.files import sync
+from ir_convert.files import TOKENIZER_FILES, sync
 from ir_convert.rope import all_rope_parameters
 from ir_convert.routing import Routing
 from ir_convert.units import RoutedUnit

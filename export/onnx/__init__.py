@@ -1,110 +1,17 @@
 """ONNX export: the routed decoder, its weights, and the files that ONNX Runtime users expect beside it."""
 
-import shutil
-from collections.abc import Callable
-from itertools import count
-from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import onnx_ir as ir
-import torch
-from transformers import PretrainedConfig
-
-from ir_convert.checkpoint import TOKENIZER_FILES, Checkpoint
-from ir_convert.errors import UserError
-from ir_convert.families import experts_of, onnx_unsupported
-from ir_convert.files import sync
-from ir_convert.routing import Routing
-
-from . import genai
-from .graph import decoder
-from .int4 import Int4
+if TYPE_CHECKING:
+    from .writer import check_dtype, check_model, write
 
 __all__ = ["check_dtype", "check_model", "write"]
 
-# ONNX Runtime 1.31 has CUDA kernels for all that the graph does in bfloat16; its CPU provider has none for MatMul, Add, Mul and
-# Sigmoid.
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Shape constants must stay inside the model file, so only tensors from this size on go to the data file.
-INLINE_BYTES = 1024
-PAGE = 4096
-WORKERS = 2  # threads that read, convert and write weights; those of one quantised weight wait for each other
 
+def __getattr__(name: str) -> Any:
+    """Imports the exporter when it is asked for: ``ir_convert.runtime``, which needs ``ops`` alone, starts seconds sooner."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import writer
 
-def check_dtype(dtype: torch.dtype) -> None:
-    """Raises UserError where ONNX Runtime has no kernels for a model of this precision."""
-    if dtype not in DTYPES:
-        known = " or ".join(str(known).removeprefix("torch.") for known in DTYPES)
-        raise UserError(f"dtype {str(dtype).removeprefix('torch.')} is not supported in ONNX; choose {known}")
-
-
-def check_model(config: PretrainedConfig, int4: bool) -> None:
-    """Raises UserError where the graph cannot be built for a model of this configuration."""
-    if (feature := onnx_unsupported(config)) is not None:
-        raise UserError(f"ONNX export does not support {feature}; a checkpoint folder (--out NAME) does")
-    if int4 and experts_of(config) is not None:
-        raise UserError("ONNX export does not support int4 for a mixture of experts: leave --int4 away")
-
-
-def write(
-    checkpoint: Checkpoint,
-    routing: Routing,
-    folder: Path,
-    name: str,
-    dtype: torch.dtype = torch.float32,
-    on_progress: Callable[[int, int], None] | None = None,
-    int4: Int4 | None = None,
-    trace: bool = False,
-    logits: str = "all",
-) -> None:
-    """Writes the routed model into an existing, empty folder.
-
-    ``{name}`` and its weights ``{name}.data``, ``config.json`` and ``generation_config.json`` of the base model, its
-    tokenizer, ``genai_config.json``, and the routing file ``{stem}.routing.safetensors``. At most ``WORKERS`` weights are in
-    memory at a time.
-
-    Args:
-        checkpoint: the base model.
-        routing: its calibrated routing.
-        folder: where to write; the caller moves it into place when it is whole.
-        name: file name of the model, e.g. ``ir-llama.onnx``.
-        dtype: of weights and activations: float32, float16, or bfloat16, which runs on GPUs alone.
-        on_progress: called with (weights begun, all weights).
-        int4: how to quantise the units' projections; None for not at all. In float32 forecasters and routers are rounded to
-            the nearest in int4 as well.
-        trace: adds an output that says which tokens every unit executed.
-        logits: of ``all`` tokens, or of each sequence's ``last``.
-
-    Raises:
-        UserError: the dtype or the model is not supported, or a weight is damaged.
-    """
-    check_dtype(dtype)
-    check_model(checkpoint.config, int4 is not None)
-    layers = checkpoint.config.num_hidden_layers
-    if foreign := [layer for layer, _ in routing.units if layer >= layers]:
-        raise UserError(
-            f"the routing is for {max(foreign) + 1} layers, {checkpoint.name} has {layers}: calibrate this model"
-        )
-    checkpoint = checkpoint.with_lora(routing.lora)
-
-    begun = count(1)
-
-    def report(_: ir.TensorProtocol, info: ir.external_data.CallbackInfo) -> None:
-        if on_progress is not None:
-            on_progress(next(begun), info.total)
-
-    ir.save(
-        decoder(checkpoint, routing, dtype, int4, trace, logits),
-        folder / name,
-        external_data=f"{name}.data",
-        size_threshold_bytes=INLINE_BYTES,
-        alignment=PAGE,
-        align_threshold=0,
-        callback=report,
-        max_workers=WORKERS,
-    )
-    for file in checkpoint.files(("config.json", "generation_config.json", *TOKENIZER_FILES)):
-        shutil.copyfile(file, folder / file.name)
-    genai.write(checkpoint, folder, name, share_buffer=True)
-    routing.save(folder / f"{Path(name).stem}.routing.safetensors")
-    for path in [*folder.iterdir(), folder]:
-        sync(path)
+    return getattr(writer, name)

@@ -11,10 +11,10 @@ import torch
 
 from .. import __version__
 from ..checkpoint import Checkpoint
+from ..curve import within_reach
 from ..data import Blocks
 from ..errors import UserError
 from ..evaluate import Measured, Quality, measure
-from ..flops import within_reach
 from ..progress import Reporter, Silent
 from ..routing import Curve, Routing
 from ..stream import Team, Work

@@ -6,9 +6,10 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from ..choices import KV_CACHES, RECIPES
+from ..curve import require_share
 from ..errors import UserError
 from ..families import UNITS
-from ..flops import Budget, require_share
+from ..flops import Budget
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from ..errors import UserError
 from ..export.onnx.ops import BUILD, find, supported
+from .gpu import CUDA, capability
 from .loading import Model
 
-_CUDA = "CUDAExecutionProvider"
 _LEAST_CAPABILITY = (8, 0)  # of the oldest GPUs that CUDA kernels are built for
 _MOST_COMPONENTS = 256  # of a head, in CUDA kernels of attention
 
@@ -56,15 +54,15 @@ def lacking(library: Path, model: Model, providers: Sequence[str]) -> str | None
             return kernel
         if known != inputs:
             return f"{kernel} with the inputs that this model has: they are of another version"
-        if providers[0] == _CUDA and (unfit := _unfit(name, model)):
+        if providers[0] == CUDA and (unfit := _unfit(name, model)):
             return f"{kernel} {unfit}"
     return None
 
 
 def _unfit(name: str, model: Model) -> str | None:
     """Returns for what CUDA kernels are not, in words, where it is so here; None where they fit, or torch sees no GPU."""
-    if torch.cuda.is_available() and (capability := torch.cuda.get_device_capability(0)) < _LEAST_CAPABILITY:
-        has, needs = (".".join(map(str, of)) for of in (capability, _LEAST_CAPABILITY))
+    if (found := capability()) is not None and found < _LEAST_CAPABILITY:
+        has, needs = (".".join(map(str, of)) for of in (found, _LEAST_CAPABILITY))
         return f"below compute capability {needs}: the GPU has {has}"
     if "Attention" in name and (model.head_dim % 8 != 0 or model.head_dim > _MOST_COMPONENTS):
         return f"in heads of {model.head_dim} components, but of 8, 16, ... {_MOST_COMPONENTS}"

@@ -10,11 +10,11 @@ from weakref import WeakSet
 
 import onnx
 import onnxruntime as ort
-import torch
 from google.protobuf.message import DecodeError
 
 from ..errors import UserError, one_line
 from ..export.onnx.ops import BUILD
+from .gpu import CUDA, capability
 
 _DTYPES = {
     onnx.TensorProto.FLOAT: "float32",
@@ -25,8 +25,9 @@ _WITH_LIBRARY: "WeakSet[ort.SessionOptions]" = WeakSet()  # options that hold a 
 
 
 def providers() -> list[str]:
-    wanted = ["CUDAExecutionProvider"] * torch.cuda.is_available() + ["CPUExecutionProvider"]
-    return [provider for provider in wanted if provider in ort.get_available_providers()]
+    """Returns the execution providers that a model is run by where the caller names none: CUDA where there is a GPU, and the CPU."""
+    gpu = CUDA in ort.get_available_providers() and capability() is not None
+    return [CUDA] * gpu + ["CPUExecutionProvider"]
 
 
 def model_file(path: Path) -> Path:
@@ -64,6 +65,8 @@ def open_session(
     held = "these session options hold native kernels already: give every load options of its own"
     if options in _WITH_LIBRARY:
         raise UserError(held)
+    if CUDA in providers:
+        capability()  # loads the libraries that the provider needs
     try:
         if library is not None:
             options.register_custom_ops_library(str(library.resolve()))
@@ -96,7 +99,7 @@ class Model:
 def warn_if_slow(model: Model, providers: Sequence[str], library: Path | None) -> None:
     """Warns the caller's caller of what will be slow here, and says what to do about it."""
     steps = {name for _, name in model.functions} & {"RoutedAttention", "DenseAttention"}
-    if providers[0] == "CUDAExecutionProvider" and model.dtype == "float32" and library is None and steps:
+    if providers[0] == CUDA and model.dtype == "float32" and library is None and steps:
         warnings.warn(
             "ONNX Runtime has GroupQueryAttention on GPUs for float16 and bfloat16 alone: every step of this float32 model "
             f"takes its keys and values to the CPU. Convert with --dtype float16, or build the native kernels ({BUILD})",

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..checkpoint import TOKENIZER_FILES
+from ..curve import Curve
 from ..errors import UserError
-from ..routing import Curve
+from ..export.hf.control_ir import SparsityControl
+from ..files import TOKENIZER_FILES
 from .buffers import Buffers
 from .checks import mask_of, require_cache, require_count, require_positions, require_sampling, tokens_of
 from .dtypes import NUMPY
@@ -26,7 +26,7 @@ from .loading import providers as default_providers
 from .sampling import choose
 
 if TYPE_CHECKING:
-    from ..export.hf.control_ir import SparsityControl
+    from transformers import PreTrainedTokenizerBase
 
 Cache = list[NDArray]
 _ERRORS_ONLY = 3
@@ -54,7 +54,7 @@ class OnnxModel:
     saved: float = 0.0
     executed: NDArray | None = field(default=None, repr=False)
     library: Path | None = None
-    _control: "SparsityControl | None" = field(default=None, repr=False)
+    _control: SparsityControl | None = field(default=None, repr=False)
 
     @classmethod
     def load(
@@ -124,10 +124,12 @@ class OnnxModel:
         return Curve(**self.metadata["sparsity_curve"])
 
     @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer from the model's folder."""
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The tokenizer from the model's folder. Imports transformers, and torch with it, which all else here does without."""
         if not any(self.path.with_name(name).is_file() for name in TOKENIZER_FILES):
             raise UserError(f"no tokenizer lies beside {self.path}: copy the base model's tokenizer files there")
+        from transformers import AutoTokenizer
+
         try:
             return AutoTokenizer.from_pretrained(self.path.parent)
         except (OSError, ValueError) as error:
@@ -145,7 +147,7 @@ class OnnxModel:
             self._control.start(sparsity, self.threshold)
 
     @contextmanager
-    def hold_sparsity(self, sparsity: float, **gain: float) -> Iterator["SparsityControl"]:
+    def hold_sparsity(self, sparsity: float, **gain: float) -> Iterator[SparsityControl]:
         """Inside a ``with`` block, moves the threshold as text drifts, so that what is saved stays at ``sparsity``.
 
         Args:
@@ -156,8 +158,6 @@ class OnnxModel:
             UserError: the sparsity is out of reach.
             ValueError: a gain that is not positive.
         """
-        from ..export.hf.control_ir import SparsityControl  # its package imports the models of transformers
-
         before = self.threshold, self._control
         control = SparsityControl(sparsity, self.curve.at(sparsity), **gain)
         self.threshold, self._control = control.threshold, control

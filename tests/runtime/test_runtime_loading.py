@@ -2,6 +2,8 @@
 
 import math
 import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -63,6 +65,23 @@ def test_what_does_not_load_says_what_to_do(base, tmp_path):
     onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "other", [x], [y])), tmp_path / "other.onnx")
     with pytest.raises(UserError, match="not written by ir-convert"):
         OnnxModel.load(tmp_path / "other.onnx")
+
+
+LIGHT = """
+import sys
+from ir_convert.runtime import OnnxModel
+
+model = OnnxModel.load(sys.argv[1], ["CPUExecutionProvider"])
+with model.hold_sparsity(0.1):
+    assert len(list(model.generate([[1, 2, 3]], max_new_tokens=2, eos_ids=[]))) == 2
+print(sorted({"torch", "transformers", "onnxscript"} & set(sys.modules)))
+"""
+
+
+def test_runs_without_what_made_the_model(base):
+    """Torch and transformers take seconds and hundreds of MB, which who serves tokens on a CPU can do without."""
+    done = subprocess.run([sys.executable, "-c", LIGHT, base[1]], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_a_provider_that_does_not_start(base, monkeypatch):

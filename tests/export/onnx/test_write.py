@@ -17,10 +17,9 @@ from onnx_reference import Batch, Reference, run_pieces
 from transformers import AutoConfig
 
 import ir_convert
-import ir_convert.export.onnx
 from ir_convert.checkpoint import Checkpoint
 from ir_convert.errors import UserError
-from ir_convert.export.onnx import WORKERS, write
+from ir_convert.export.onnx import write, writer
 from ir_convert.export.onnx.rotary import frequencies
 from ir_convert.families import UNITS
 from ir_convert.routing import Routing
@@ -86,7 +85,7 @@ def test_reads_few_tensors_at_a_time(random_model, tmp_path, monkeypatch):
     read, large, progress = checkpoint.read, [], []
 
     def spy(self: Checkpoint, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        assert sum(tensor() is not None for tensor in list(alive.values())) < WORKERS
+        assert sum(tensor() is not None for tensor in list(alive.values())) < writer.WORKERS
         tensor = read(name, dtype)
         alive[name] = weakref.ref(tensor)
         large.extend([name] if tensor.nbytes >= 1024 else [])
@@ -115,7 +114,7 @@ def test_sharded_source_is_the_same(tmp_path):
 
 def test_units_differ_in_rank_and_width(random_model, tmp_path, monkeypatch):
     """Rank 0 forecasts the bias alone, a router of width 0 scores all tokens alike; as large models have them, in the data file."""
-    monkeypatch.setattr(ir_convert.export.onnx, "INLINE_BYTES", 64)
+    monkeypatch.setattr(writer, "INLINE_BYTES", 64)
     _, model, checkpoint, routing = random_model
     d = checkpoint.config.hidden_size
     units = dict(routing.units)

@@ -1,6 +1,6 @@
 """One unit at a time: random inputs, a float64 rendering of what it computes, and models that hold nothing else."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -56,7 +56,7 @@ class Unit:
         optional = [name for name in self.inputs if name.endswith(functions.OPTIONAL) and name != "step_bias"]
         dtype, routed = TYPES[self.dtype], "execute" in self.inputs
         if self.function == "Decide":
-            return functions.decide("down_weight" in self.inputs, dtype, self.int4)
+            return _built(functions.decide, "down_weight" in self.inputs, dtype, self.int4)
         scaled = self.attributes["residual_multiplier"] != 1
         int4 = None
         if self.int4 is not None:
@@ -64,11 +64,11 @@ class Unit:
             int4 = {name: self.int4.attributes(*size) for name, size in sizes.items()}
         if self.function.endswith("MLP"):
             features = Features(self.attributes["activation"], scaled=scaled)
-            return functions.mlp(optional, routed, dtype, int4, features)
+            return _built(functions.mlp, optional, routed, dtype, int4, features)
         norm = self.inputs.get("q_norm", self.inputs.get("k_norm"))
         features = Features(whole_norms=norm is not None and len(norm) != self.attributes["head_dim"], scaled=scaled)
         kv_cache = "strict" if self.function.endswith("Strict") else "full"
-        return functions.attention(optional, routed, kv_cache, dtype, int4, features)
+        return _built(functions.attention, optional, routed, kv_cache, dtype, int4, features)
 
     def projections(self) -> tuple[str, ...]:
         if self.function == "Decide":
@@ -276,6 +276,17 @@ class Unit:
         weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-300)
         y = (weights @ value.repeat(group, 1)).transpose(0, 2, 1, 3).reshape(batch, length, -1)
         return [self._contributed(self._linear(y, "o")), key, value]
+
+
+_BUILT: dict[str, ir.Function] = {}
+
+
+def _built(build: Callable[..., ir.Function], *arguments: Any) -> ir.Function:
+    """Returns a function of these arguments; it is the same for many units, and takes longer to build than they to run."""
+    key = repr((build, arguments))
+    if key not in _BUILT:
+        _BUILT[key] = build(*arguments)
+    return _BUILT[key]
 
 
 def rms(x: NDArray) -> float:
