@@ -1,7 +1,8 @@
 """A plain torch rendering of the method, and padded batches to hold an exported model against it."""
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,30 +106,39 @@ def batches(draw: st.DrawFn) -> Batch:
     return Batch(ids, mask, pieces)
 
 
-def profile(model: OnnxModel, batch: Batch, threshold: float, folder: Path) -> list[dict[str, Any]]:
-    """Returns every node that ONNX Runtime ran, by its own profile."""
+def profile(model: OnnxModel, batch: Batch, thresholds: Sequence[float], folder: Path) -> list[list[dict[str, Any]]]:
+    """Returns every node that ONNX Runtime ran at each threshold, by its own profile."""
     options = ort.SessionOptions()
     options.enable_profiling, options.profile_file_prefix = True, str(folder / "profile")
-    profiled = OnnxModel.load(model.path, ["CPUExecutionProvider"], threads=1, threshold=threshold, options=options)
-    run_pieces(profiled, batch)
+    profiled = OnnxModel.load(model.path, ["CPUExecutionProvider"], threads=1, options=options)
+    for profiled.threshold in thresholds:
+        run_pieces(profiled, batch)
     with open(profiled.session.end_profiling()) as file:
-        return [event for event in json.load(file) if "op_name" in event.get("args", {})]
+        events = json.load(file)
+    begun = sorted(event["ts"] for event in events if event["name"] == "model_run")[:: len(batch.pieces)]
+    assert len(begun) == len(thresholds)
+    return [
+        [event for event in events if "op_name" in event.get("args", {}) and start <= event["ts"] < end]
+        for start, end in zip(begun, [*begun[1:], math.inf], strict=True)
+    ]
 
 
-def product_shapes(model: OnnxModel, batch: Batch, threshold: float, folder: Path) -> list[list[int]]:
-    """Returns the output shape of every matrix product that ONNX Runtime ran inside the routed units.
+def product_shapes(model: OnnxModel, batch: Batch, thresholds: Sequence[float], folder: Path) -> list[list[list[int]]]:
+    """Returns the output shape of every matrix product that ONNX Runtime ran inside the routed units, at each threshold.
 
     One that is followed by a factor runs as FusedMatMul.
     """
-    shapes = []
-    for event in profile(model, batch, threshold, folder):
-        if (
-            event["args"]["op_name"] in PRODUCTS
+    return [
+        [
+            shape
+            for event in ran
+            if event["args"]["op_name"] in PRODUCTS
             and "_inlfunc_" in event["name"]
             and "_inlfunc_Decide" not in event["name"]
-        ):
-            shapes += event["args"]["output_type_shape"][0].values()
-    return shapes
+            for shape in event["args"]["output_type_shape"][0].values()
+        ]
+        for ran in profile(model, batch, thresholds, folder)
+    ]
 
 
 def run_pieces(model: OnnxModel, batch: Batch) -> Tensor:

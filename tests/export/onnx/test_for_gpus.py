@@ -56,7 +56,7 @@ def test_shapes_that_are_fast(batch, half, tmp_path):
     """Slots come in fours, for the attention that does not keep all scores; no product is by a vector: it would be one a token."""
     mask = torch.ones(batch, 13, dtype=torch.long)
     mask[0, :2] = 0
-    ran = profile(half, Batch(torch.full((batch, 13), 5), mask, [5, 6, 2]), -math.inf, tmp_path)
+    (ran,) = profile(half, Batch(torch.full((batch, 13), 5), mask, [5, 6, 2]), [-math.inf], tmp_path)
     slots, ranks = [], []
     for event in ran:
         name, taken, (given, *_) = (

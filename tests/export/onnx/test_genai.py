@@ -62,28 +62,27 @@ def greedy(model: OnnxModel, prompt: list[int]) -> list[int]:
     return until_end([int(step[0]) for step in steps], model.eos_ids)
 
 
-@pytest.mark.parametrize("share", [False, True])
-def test_every_family(exported, share):
-    """Random models, with all sizes of heads."""
+@pytest.fixture(scope="module", params=[False, True])
+def family(exported, request):
+    """A random model in genai, with and without one buffer, the tokens that end a text, prompts, and what follows them."""
     ours, _ = exported
-    prompts, expected = random_prompts(ours)
-    model = load(ours.path.parent, share)
-    assert [generate(model, [prompt], ours.eos_ids, 0)[0] for prompt in prompts] == expected
+    return load(ours.path.parent, request.param), ours.eos_ids, *random_prompts(ours)
 
 
-@pytest.mark.parametrize("share", [False, True])
-def test_prompts_in_chunks(exported, share):
-    ours, _ = exported
-    prompts, expected = random_prompts(ours)
-    model = load(ours.path.parent, share)
-    assert [generate(model, [prompt], ours.eos_ids, 0, chunk_size=4)[0] for prompt in prompts] == expected
+def test_every_family(family):
+    """With all sizes of heads."""
+    model, ends, prompts, expected = family
+    assert [generate(model, [prompt], ends, 0)[0] for prompt in prompts] == expected
 
 
-@pytest.mark.parametrize("share", [False, True])
-def test_every_family_in_a_batch(exported, share):
-    ours, _ = exported
-    prompts, expected = random_prompts(ours)
-    assert generate(load(ours.path.parent, share), prompts, ours.eos_ids, 0) == expected
+def test_prompts_in_chunks(family):
+    model, ends, prompts, expected = family
+    assert [generate(model, [prompt], ends, 0, chunk_size=4)[0] for prompt in prompts] == expected
+
+
+def test_every_family_in_a_batch(family):
+    model, ends, prompts, expected = family
+    assert generate(model, prompts, ends, 0) == expected
 
 
 @pytest.mark.parametrize("share", [False, True])

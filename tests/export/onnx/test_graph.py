@@ -4,7 +4,6 @@ import math
 from collections import Counter
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -57,33 +56,33 @@ def test_a_single_executed_token(exported, batch, wanted):
     torch.testing.assert_close(run_pieces(model, batch)[real], expected[real], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("threshold", [-math.inf, -1.0, 0.5, 2.0, math.inf])
-def test_approximated_tokens_skip_the_products(exported, tmp_path, threshold):
+def test_approximated_tokens_skip_the_products(exported, tmp_path):
     """Rows that enter the matrix products inside ONNX Runtime, by its own profile, against the decisions."""
     model, reference = exported
     torch.manual_seed(5)
     batch = Batch(torch.randint(3, 131, (3, 16)), torch.ones(3, 16, dtype=torch.long), [16])
     batch.mask[1, :6] = 0
-    reference(batch.ids, batch.mask, threshold)
-    assert reference.margin > 1e-5
+    thresholds = [-math.inf, -1.0, 0.5, 2.0, math.inf]
+    for threshold, shapes in zip(thresholds, product_shapes(model, batch, thresholds, tmp_path), strict=True):
+        reference(batch.ids, batch.mask, threshold)
+        assert reference.margin > 1e-5
+        rows: Counter[int] = Counter()
+        for shape in shapes:
+            # [n, width] or [1, n, width]; K and V run for every token: [B, S, width].
+            if shape[:-1] != list(batch.ids.shape):
+                rows[shape[-1]] += math.prod(shape[:-1])
 
-    rows: Counter[int] = Counter()
-    for shape in product_shapes(model, batch, threshold, tmp_path):
-        # [n, width] or [1, n, width]; K and V run for every token: [B, S, width].
-        if shape[:-1] != list(batch.ids.shape):
-            rows[shape[-1]] += math.prod(shape[:-1])
-
-    executed = dict.fromkeys(("attention", "mlp"), 0)
-    for (_, unit), decision in reference.decisions.items():
-        executed[unit] += int(decision.sum())
-    sizes = projection_sizes(reference.model.config)
-    expected: Counter[int] = Counter()
-    # One operator computes all experts; its output is as wide as that of down_proj.
-    mlp = ("gate_proj", "up_proj", "down_proj") if experts_of(reference.model.config) is None else ("gate", "down_proj")
-    for unit, names in {"attention": ("q_proj", "o_proj"), "mlp": mlp}.items():
-        for name in names:
-            expected[sizes[name][1]] += executed[unit]
-    assert +rows == +expected
+        executed = dict.fromkeys(("attention", "mlp"), 0)
+        for (_, unit), decision in reference.decisions.items():
+            executed[unit] += int(decision.sum())
+        config = reference.model.config
+        sizes, expected = projection_sizes(config), Counter()
+        # One operator computes all experts; its output is as wide as that of down_proj.
+        mlp = ("gate_proj", "up_proj", "down_proj") if experts_of(config) is None else ("gate", "down_proj")
+        for unit, names in {"attention": ("q_proj", "o_proj"), "mlp": mlp}.items():
+            for name in names:
+                expected[sizes[name][1]] += executed[unit]
+        assert +rows == +expected, threshold
 
 
 def test_threshold_is_optional(exported):

@@ -54,7 +54,7 @@ def test_logits(family, units, tmp_path):
 def test_scores_that_are_computed(family, slots, tmp_path):
     """Of a sliding window of 9, spans see 8 slots before their own first."""
     model, _ = exported(tmp_path, family)
-    ran = profile(model, prompts(0), -math.inf, tmp_path)
+    (ran,) = profile(model, prompts(0), [-math.inf], tmp_path)
     shapes = [
         [next(iter(shape.values())) for shape in event["args"]["input_type_shape"]]
         for event in ran
