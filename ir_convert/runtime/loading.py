@@ -24,12 +24,6 @@ _DTYPES = {
 _WITH_LIBRARY: "WeakSet[ort.SessionOptions]" = WeakSet()  # options that hold a library, for as long as they live
 
 
-def providers() -> list[str]:
-    """Returns the execution providers that a model is run by where the caller names none: CUDA where there is a GPU, and the CPU."""
-    gpu = CUDA in ort.get_available_providers() and capability() is not None
-    return [CUDA] * gpu + ["CPUExecutionProvider"]
-
-
 def model_file(path: Path) -> Path:
     if path.is_dir():
         files = sorted(path.glob("*.onnx"))
@@ -94,6 +88,27 @@ class Model:
     functions: dict[tuple[str, str], tuple[str, ...]]
     dtype: str
     head_dim: int
+
+
+def choose_providers(asked: Sequence[str] | str | None, path: Path, model: Model) -> list[str]:
+    """Returns the execution providers to run a model with, best first: those asked for, or else what there is.
+
+    Raises:
+        UserError: onnxruntime does not have one, or they cannot run the model.
+    """
+    wanted = [asked] if isinstance(asked, str) else list(asked or _providers())
+    if unknown := [name for name in wanted if name not in ort.get_available_providers()]:
+        known = ", ".join(ort.get_available_providers())
+        raise UserError(f"onnxruntime has no provider '{unknown[0]}' here, but: {known}")
+    if model.dtype == "bfloat16" and wanted == ["CPUExecutionProvider"]:
+        raise UserError(f"{path} is bfloat16, which ONNX Runtime runs on GPUs alone: convert with --dtype float32")
+    return wanted
+
+
+def _providers() -> list[str]:
+    """Returns CUDA where there is a GPU, and the CPU."""
+    gpu = CUDA in ort.get_available_providers() and capability() is not None
+    return [CUDA] * gpu + ["CPUExecutionProvider"]
 
 
 def warn_if_slow(model: Model, providers: Sequence[str], library: Path | None) -> None:

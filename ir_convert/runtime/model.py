@@ -21,8 +21,7 @@ from .buffers import Buffers
 from .checks import mask_of, require_cache, require_count, require_positions, require_sampling, tokens_of
 from .dtypes import NUMPY
 from .library import choose as choose_library
-from .loading import end_tokens, inspect, model_file, open_session, warn_if_slow
-from .loading import providers as default_providers
+from .loading import choose_providers, end_tokens, inspect, model_file, open_session, warn_if_slow
 from .sampling import choose
 
 if TYPE_CHECKING:
@@ -90,12 +89,7 @@ class OnnxModel:
             raise UserError("the threshold is NaN: give a number, -inf for the dense model")
         path = model_file(Path(path))
         model_says = inspect(path)
-        wanted = [providers] if isinstance(providers, str) else list(providers or default_providers())
-        if unknown := [name for name in wanted if name not in ort.get_available_providers()]:
-            known = ", ".join(ort.get_available_providers())
-            raise UserError(f"onnxruntime has no provider '{unknown[0]}' here, but: {known}")
-        if model_says.dtype == "bfloat16" and wanted == ["CPUExecutionProvider"]:
-            raise UserError(f"{path} is bfloat16, which ONNX Runtime runs on GPUs alone: convert with --dtype float32")
+        wanted = choose_providers(providers, path, model_says)
         asked, library = library, choose_library(library, model_says, wanted)
         given, options = options is not None, options or ort.SessionOptions()
         if options.log_severity_level < 0:  # untouched; the optional input would draw a warning from every load

@@ -18,8 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from ir_convert.checkpoint import Checkpoint
 from ir_convert.errors import UserError
 from ir_convert.export.onnx import write
-from ir_convert.runtime import OnnxModel
-from ir_convert.runtime import model as runtime_model
+from ir_convert.runtime import OnnxModel, loading
 from ir_convert.runtime.loading import inspect, warn_if_slow
 
 
@@ -90,7 +89,7 @@ def test_a_provider_that_does_not_start(base, monkeypatch):
     both = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     with pytest.raises(UserError, match=r"CUDAExecutionProvider does not start here.*providers=\['CPUExec"):
         OnnxModel.load(base[1], both, library=False)
-    monkeypatch.setattr(runtime_model, "default_providers", lambda: both)
+    monkeypatch.setattr(loading, "_providers", lambda: both)
     with pytest.raises(UserError, match="does not start here"):  # in whose options kernels for it may be by now
         OnnxModel.load(base[1], options=ort.SessionOptions())
     with pytest.warns(UserWarning, match="does not start here.*the model runs on the CPU"):
