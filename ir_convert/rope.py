@@ -38,7 +38,7 @@ def read_as_version_5(config: PretrainedConfig) -> None:
     """transformers 4 overlooks the settings of a configuration that 5 wrote: puts them where it looks."""
     parameters = getattr(config, "rope_parameters", None)
     if transformers.__version__.startswith("4.") and parameters:
-        from .export.hf.configuration_ir import rope_of_version_4  # that package imports this one
+        from .export.hf.configuration_ir import rope_of_version_4  # imports every family, for 4 alone
 
         config.rope_scaling = None
         for name, value in rope_of_version_4(parameters).items():

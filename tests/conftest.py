@@ -17,8 +17,10 @@ from ir_convert.export.onnx.ops.library import VARIABLE, location
 
 # Tests are of the models' own functions, but for those that ask for the native kernels: a built library must not creep in.
 os.environ.setdefault(VARIABLE, "")
-# The models are tiny: more threads cost more than they give, a hundredfold where the cores are busy.
+# The models are tiny: more threads cost more than they give, a hundredfold where the cores are busy; here, and in processes
+# that tests start.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 _signature, _signatures = ir.schemas.OpSignature.from_op_schema, {}
 

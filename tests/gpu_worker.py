@@ -1,4 +1,4 @@
-"""Does things on a GPU that is none and on the CPU, in a process of its own: ``python gpu_worker.py WHAT FOLDER``."""
+"""Does things on a GPU that is none and on the CPU, in a process of its own: ``python gpu_worker.py FOLDER``."""
 
 import sys
 from dataclasses import replace
@@ -84,4 +84,5 @@ def _answers(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> l
 if __name__ == "__main__":
     with pytest.MonkeyPatch.context() as patch:
         shorten(patch)
-        globals()[sys.argv[1]](Path(sys.argv[2]))
+        for do in (recipes, families, checkpoints):
+            do(Path(sys.argv[1]) / do.__name__)

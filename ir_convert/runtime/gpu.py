@@ -2,12 +2,13 @@
 
 import ctypes
 import sys
+from types import ModuleType
 
 CUDA = "CUDAExecutionProvider"
 
 
-def capability() -> tuple[int, int] | None:
-    """Returns the first GPU's compute capability; None where torch has no GPU to use.
+def cuda() -> ModuleType | None:
+    """Returns ``torch.cuda``; None where torch has no GPU to use.
 
     Torch takes seconds and hundreds of MB to import, so it is asked where it is there already, or where a GPU may be. It loads
     the CUDA libraries that it brings along, and there ONNX Runtime finds them.
@@ -16,7 +17,7 @@ def capability() -> tuple[int, int] | None:
         return None
     import torch
 
-    return torch.cuda.get_device_capability(0) if torch.cuda.is_available() else None
+    return torch.cuda if torch.cuda.is_available() else None
 
 
 def _has_driver() -> bool:

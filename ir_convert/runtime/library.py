@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..export.onnx.ops import BUILD, find, supported
-from .gpu import CUDA, capability
+from .gpu import CUDA, cuda
 from .loading import Model
 
 _LEAST_CAPABILITY = (8, 0)  # of the oldest GPUs that CUDA kernels are built for
@@ -61,8 +61,8 @@ def lacking(library: Path, model: Model, providers: Sequence[str]) -> str | None
 
 def _unfit(name: str, model: Model) -> str | None:
     """Returns for what CUDA kernels are not, in words, where it is so here; None where they fit, or torch sees no GPU."""
-    if (found := capability()) is not None and found < _LEAST_CAPABILITY:
-        has, needs = (".".join(map(str, of)) for of in (found, _LEAST_CAPABILITY))
+    if (gpu := cuda()) is not None and (capability := gpu.get_device_capability(0)) < _LEAST_CAPABILITY:
+        has, needs = (".".join(map(str, of)) for of in (capability, _LEAST_CAPABILITY))
         return f"below compute capability {needs}: the GPU has {has}"
     if "Attention" in name and (model.head_dim % 8 != 0 or model.head_dim > _MOST_COMPONENTS):
         return f"in heads of {model.head_dim} components, but of 8, 16, ... {_MOST_COMPONENTS}"

@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 
 from ..errors import UserError, one_line
 from ..export.onnx.ops import BUILD
-from .gpu import CUDA, capability
+from .gpu import CUDA, cuda
 
 _DTYPES = {
     onnx.TensorProto.FLOAT: "float32",
@@ -60,7 +60,7 @@ def open_session(
     if options in _WITH_LIBRARY:
         raise UserError(held)
     if CUDA in providers:
-        capability()  # loads the libraries that the provider needs
+        cuda()  # loads the libraries that the provider needs
     try:
         if library is not None:
             options.register_custom_ops_library(str(library.resolve()))
@@ -107,7 +107,7 @@ def choose_providers(asked: Sequence[str] | str | None, path: Path, model: Model
 
 def _providers() -> list[str]:
     """Returns CUDA where there is a GPU, and the CPU."""
-    gpu = CUDA in ort.get_available_providers() and capability() is not None
+    gpu = CUDA in ort.get_available_providers() and cuda() is not None
     return [CUDA] * gpu + ["CPUExecutionProvider"]
 
 

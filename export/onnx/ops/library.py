@@ -85,9 +85,7 @@ def _whole_size(library: Path) -> int:
     """Returns the bytes that a library has at the least by its own header: to load less of an ELF file kills the process."""
     with library.open("rb") as file:
         header = file.read(64)
-    if (
-        len(header) < 64 or header[:5] != b"\x7fELF\x02"
-    ):  # the loader itself refuses what is no library, or not of 64 bits
+    if len(header) < 64 or header[:5] != b"\x7fELF\x02":  # the loader refuses what is no library, or not of 64 bits
         return 0
     (start,) = struct.unpack_from("<Q", header, 0x28)  # of the section headers, which linkers write last
     size, count = struct.unpack_from("<HH", header, 0x3A)
