@@ -21,6 +21,7 @@ os.environ.setdefault(VARIABLE, "")
 # that tests start.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+LONGEST = ("test_quality.py", "test_job.py", "test_without_gpu.py", "test_attention.py")
 
 _signature, _signatures = ir.schemas.OpSignature.from_op_schema, {}
 
@@ -37,8 +38,8 @@ ir.schemas.OpSignature.from_op_schema = _known_signature
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Orders files so that two processes wait for each other least: the longest of those that need the converted model makes it
-    first, the others of them come last; between them the largest first.
+    """Orders files so that two processes wait for each other least: first those whose few tests take minutes, one of which makes
+    the converted model; the others that need it last; between them the largest first.
     """
     files: dict[Path, list[pytest.Item]] = {}
     for item in items:
@@ -47,7 +48,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def needs(path: Path) -> bool:
         return any("converted" in getattr(item, "fixturenames", ()) for item in files[path])
 
-    order = sorted(files, key=lambda path: (path.name != "test_quality.py", needs(path), -len(files[path])))
+    def place(path: Path) -> tuple[int, bool, int]:
+        first = LONGEST.index(path.name) if path.name in LONGEST else len(LONGEST)
+        return first, needs(path), -len(files[path])
+
+    order = sorted(files, key=place)
     items[:] = [item for path in order for item in files[path]]
 
 
