@@ -62,6 +62,10 @@ def test_approximated_tokens_skip_the_products(exported, tmp_path):
     torch.manual_seed(5)
     batch = Batch(torch.randint(3, 131, (3, 16)), torch.ones(3, 16, dtype=torch.long), [16])
     batch.mask[1, :6] = 0
+    config = reference.model.config
+    sizes = projection_sizes(config)
+    # One operator computes all experts; its output is as wide as that of down_proj.
+    mlp = ("gate_proj", "up_proj", "down_proj") if experts_of(config) is None else ("gate", "down_proj")
     thresholds = [-math.inf, -1.0, 0.5, 2.0, math.inf]
     for threshold, shapes in zip(thresholds, product_shapes(model, batch, thresholds, tmp_path), strict=True):
         reference(batch.ids, batch.mask, threshold)
@@ -75,10 +79,7 @@ def test_approximated_tokens_skip_the_products(exported, tmp_path):
         executed = dict.fromkeys(("attention", "mlp"), 0)
         for (_, unit), decision in reference.decisions.items():
             executed[unit] += int(decision.sum())
-        config = reference.model.config
-        sizes, expected = projection_sizes(config), Counter()
-        # One operator computes all experts; its output is as wide as that of down_proj.
-        mlp = ("gate_proj", "up_proj", "down_proj") if experts_of(config) is None else ("gate", "down_proj")
+        expected: Counter[int] = Counter()
         for unit, names in {"attention": ("q_proj", "o_proj"), "mlp": mlp}.items():
             for name in names:
                 expected[sizes[name][1]] += executed[unit]

@@ -85,6 +85,9 @@ def test_approximated_tokens_skip_the_products(variant, tmp_path):
     """Rows that enter the matrix products inside ONNX Runtime, by its own profile, against the decisions."""
     model, reference = variant
     batch, config = padded_batch(), reference.decoder.config
+    strict, sizes = reference.routing.kv_cache == "strict", projection_sizes(config)
+    if experts_of(config) is not None:  # one operator computes all experts; its output is as wide as that of down_proj
+        del sizes["gate_proj"], sizes["up_proj"]
     thresholds = [-math.inf, 0.0, 1.5, math.inf]
     for threshold, shapes in zip(thresholds, product_shapes(model, batch, thresholds, tmp_path), strict=True):
         expected = reference(batch.ids, batch.mask, threshold)
@@ -93,13 +96,7 @@ def test_approximated_tokens_skip_the_products(variant, tmp_path):
         for shape in shapes:
             rows[shape[-1]] += math.prod(shape[:-1])
 
-        strict = reference.routing.kv_cache == "strict"
         counted: Counter[int] = Counter()
-        sizes = projection_sizes(config)
-        if (
-            experts_of(config) is not None
-        ):  # one operator computes all experts; its output is as wide as that of down_proj
-            del sizes["gate_proj"], sizes["up_proj"]
         for layer in range(3):
             for projection, (_, width) in sizes.items():
                 unit = "attention" if projection[0] in "qkvo" else "mlp"
