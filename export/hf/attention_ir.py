@@ -45,7 +45,8 @@ class RoutedAttention(RoutedUnit):
         """
         h = self.seen(hidden_states)
         where = self.executed(h)
-        if where is None and self.strict and past_key_values is not None:  # the cache may hold gaps
+        every = where is None
+        if every and self.strict and past_key_values is not None:  # the cache may hold gaps
             rows, columns = hidden_states.new_ones(hidden_states.shape[:2]).nonzero(as_tuple=True)
             where = rows, columns
         if where is None:
@@ -62,8 +63,9 @@ class RoutedAttention(RoutedUnit):
         if kwargs.get("output_attentions") or getattr(self.config, "output_attentions", False):
             raise ValueError(
                 "output_attentions: approximated tokens have no attention weights; set_sparsity(0) has all"
+                + (", with use_cache=False" if self.strict else "")
             )
-        output = self.forecast(h)
+        output = torch.empty_like(h) if every else self.forecast(h)
         keys = self._kept("k", hidden_states, where)
         values = self._kept("v", hidden_states, where)
         cos, sin = position_embeddings

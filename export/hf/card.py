@@ -42,8 +42,9 @@ with model.hold_sparsity({dial:g}):  # moves the threshold, where the text drift
     model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=2000)
 ```
 
-{_figures(routing)}It runs with transformers 4.57 and 5, `attn_implementation` {_kernels(checkpoint)}. Fine-tuning leaves decisions as they are (routers get no
-gradient); `DistributedDataParallel` needs `find_unused_parameters=True`, for not every unit runs in every batch.
+{_figures(routing)}It runs with transformers 4.57 and 5, `attn_implementation` {_kernels(checkpoint)}. Fine-tuning leaves routers as they are (they
+get no gradient), but what they decide moves with the hidden states: `hold_sparsity` holds what is saved.
+`DistributedDataParallel` needs `find_unused_parameters=True`, for not every unit runs in every batch.
 
 | sparsity | threshold |
 |---|---|

@@ -8,7 +8,7 @@ from typing import Any
 
 from .attention_ir import RoutedAttention
 from .control_ir import GAIN, SparsityControl
-from .routed_ir import Count, PostNorm, RoutedMLP, RoutedUnit, projection_flops
+from .routed_ir import Count, Padding, PostNorm, RoutedMLP, RoutedUnit, projection_flops
 
 # A layer's units, by the name of their module.
 UNITS = {"self_attn": "attention", "mlp": "mlp"}
@@ -18,7 +18,10 @@ POST_NORMS = {"attention": "post_attention_layernorm", "mlp": "post_feedforward_
 
 @dataclass
 class RoutingStatistics:
-    """What every routed unit did while observed; padding counts like any token.
+    """What every routed unit did with real tokens while observed.
+
+    Padding is what a 2-D attention mask says it is. (Texts that have ended are none to transformers' ``generate``, whose mask goes
+    on for them.)
 
     Attributes:
         counts: by (layer, ``attention`` or ``mlp``).
@@ -31,7 +34,7 @@ class RoutingStatistics:
 
     @property
     def tokens(self) -> int:
-        """Tokens that went through the model."""
+        """Real tokens that went through the model."""
         return max((count.tokens for count in self.counts.values()), default=0)
 
     @property
@@ -80,11 +83,14 @@ class InformedRouting:
     def __init__(self, config: Any) -> None:
         require_no_scores_of_experts(getattr(config, "output_router_logits", False))
         super().__init__(config)  # type: ignore[call-arg]
+        self._padding = Padding()
+        self.model.register_forward_pre_hook(self._look, with_kwargs=True)
         for index, layer in enumerate(self.model.layers):
             for module, unit in UNITS.items():
                 if config.routing_shape(index, unit):
                     routed = (self.attention if unit == "attention" else self.mlp)(config, index)
                     setattr(layer, module, routed)
+                    routed.padding = self._padding
                     if self.post_norm is not None:
                         norm = self.post_norm(config.hidden_size, eps=config.rms_norm_eps)
                         setattr(layer, POST_NORMS[unit], norm)
@@ -93,6 +99,9 @@ class InformedRouting:
         self._keep_in_fp32_modules_strict: Any = {"score"}
         self._keep_in_fp32_modules: Any = {"score"}  # whoever quantizes leaves out these
         self.post_init()
+
+    def _look(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._padding.look(args, kwargs)
 
     def set_sparsity(self, sparsity: float) -> None:
         """Saves this share of the FLOPs from now on; 0 is the dense model. Kept by ``save_pretrained``.

@@ -37,4 +37,4 @@ def load(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
 
 def load_tokenizer(folder: str | Path, model: PreTrainedModel) -> PreTrainedTokenizerBase:
     """Loads the tokenizer beside a loaded checkpoint, without asking for the folder's code."""
-    return AutoTokenizer.from_pretrained(folder, config=model.config)
+    return AutoTokenizer.from_pretrained(folder, config=model.config, trust_remote_code=False)

@@ -43,11 +43,36 @@ class Router(nn.Module):
 
 @dataclass
 class Count:
-    """What one unit did: tokens seen, tokens executed, tokens that a router was run for (none in a dense model)."""
+    """What one unit did with real tokens: seen, executed, and those that a router was run for (none in a dense model)."""
 
     tokens: int = 0
     executed: int = 0
     routed: int = 0
+
+
+@dataclass
+class Padding:
+    """Which tokens of the call that is under way, or was the last, are real: ``[batch, sequence]``; None where all are.
+
+    One for all units of a model. It stays after a call: what gradient checkpointing computes again needs it as well.
+    """
+
+    real: Tensor | None = None
+
+    def look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Takes it from the decoder's arguments: from a 2-D mask of exactly the tokens that are cached and those that are new."""
+        named = dict(zip(("input_ids", "attention_mask"), args, strict=False)) | kwargs
+        new, mask, cache = named.get("input_ids"), named.get("attention_mask"), named.get("past_key_values")
+        new = named.get("inputs_embeds") if new is None else new
+        self.real = None
+        if new is not None and isinstance(mask, Tensor) and mask.ndim == 2:
+            cached = 0 if cache is None else int(cache.get_seq_length())
+            if mask.shape == (new.shape[0], cached + new.shape[1]) and not mask.all():
+                self.real = mask[:, cached:].bool()
+
+    def real_of(self, h: Tensor) -> Tensor | None:
+        """Returns which tokens of ``h[batch, sequence, hidden]`` are real, on its device; None where all are."""
+        return self.real.to(h.device) if self.real is not None and self.real.shape == h.shape[:2] else None
 
 
 class PostNorm(nn.Module):
@@ -65,13 +90,14 @@ class RoutedUnit(nn.Module):
 
     skipped: tuple[str, ...]  # those that an approximated token saves
     counts: list[Count]  # one for everyone who observes, see ``routing_statistics``
+    padding: Padding
     config: Any
     normed = True  # whether the layer has a norm before the unit
     post_norm: PostNorm | None = None
     multiplier = 1.0  # by which the layer multiplies what comes from here
 
     def add_routing(self, config: Any, layer: int, unit: str) -> None:
-        self.counts = []
+        self.counts, self.padding = [], Padding()
         rank, width = config.routing_shape(layer, unit)
         self.forecaster = Forecaster(config.hidden_size, rank)
         self.router = Router(config.hidden_size, width)
@@ -98,17 +124,24 @@ class RoutedUnit(nn.Module):
         return forecast if self.multiplier == 1 else forecast / self.multiplier
 
     def executed(self, h: Tensor) -> Where | None:
-        """Decides for ``h[batch, sequence, hidden]``: returns the tokens to execute; None where that is all of them."""
-        threshold = float(self.config.routing_threshold)
-        dense = threshold == -math.inf
-        where = None if dense else (self.router(h) > threshold).nonzero(as_tuple=True)
-        tokens = h.shape[0] * h.shape[1]
-        executed = tokens if where is None else len(where[0])
-        for count in self.counts:
-            count.tokens += tokens
-            count.executed += executed
-            count.routed += 0 if dense else tokens
-        return None if executed == tokens else where
+        """Decides for ``h[batch, sequence, hidden]``: returns the tokens to execute; None where that is all of them.
+
+        Padding executes in a dense model alone.
+        """
+        threshold, real = float(self.config.routing_threshold), self.padding.real_of(h)
+        dense, every = threshold == -math.inf, h.shape[0] * h.shape[1]
+        where = None
+        if not dense:
+            execute = self.router(h) > threshold
+            where = (execute if real is None else execute & real).nonzero(as_tuple=True)
+        if self.counts:
+            tokens = every if real is None else int(real.sum())
+            executed = tokens if where is None else len(where[0])
+            for count in self.counts:
+                count.tokens += tokens
+                count.executed += executed
+                count.routed += 0 if dense else tokens
+        return None if where is None or len(where[0]) == every else where
 
     @property
     def saved(self) -> int:

@@ -137,6 +137,7 @@ def _name_tokenizer_class(checkpoint: Checkpoint, folder: Path) -> None:
         # Version 5 of transformers calls it TokenizersBackend and reads either name; version 4 knows only this one.
         values["tokenizer_class"] = "PreTrainedTokenizerFast"
         values.setdefault("model_input_names", ["input_ids", "attention_mask"])  # version 4 adds token_type_ids
+    values.pop("auto_map", None)  # names code that does not come along
     _write_json(path, values)
 
 
@@ -149,8 +150,7 @@ def _tensors(
     layers = checkpoint.config.num_hidden_layers
     for layer in range(layers):
         for name, tensor in checkpoint.read_layer(layer, dtype).items():
-            if "rotary_emb" not in name:  # old checkpoints store RoPE's frequencies; models compute them
-                yield f"{family.layers}.{layer}.{name}", tensor
+            yield f"{family.layers}.{layer}.{name}", tensor
         for unit in UNITS:
             prefix = f"{family.layers}.{layer}.{family.unit(unit).module}"
             if routed := routing.units.get((layer, unit)):

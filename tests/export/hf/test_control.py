@@ -119,6 +119,36 @@ def test_a_call_that_fails_counts_nothing(model):
         assert control.threshold == moved
 
 
+@torch.no_grad()
+def test_padding_counts_nowhere(model):
+    lengths = (256, 64, 40, 9)
+    ids, mask = tokens(4, 256), torch.zeros(4, 256, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        mask[row, 256 - length :] = 1
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    rows = [row[None, 256 - length :] for row, length in zip(ids, lengths, strict=True)]
+    alone = sum(run(model, row) * row.numel() for row in rows) / sum(lengths)
+    with model.routing_statistics() as seen:
+        model(ids, attention_mask=mask, position_ids=positions)
+    assert seen.tokens == sum(lengths)
+    assert seen.sparsity == pytest.approx(alone, abs=1e-6)
+    with model.hold_sparsity(0.4) as control:
+        model(ids, attention_mask=mask, position_ids=positions)
+    assert control.threshold == pytest.approx(-2.0 + control.gain * (0.4 - alone), abs=1e-5)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@torch.no_grad()
+def test_padding_in_a_cache(model, chunked):
+    ids = tokens(2, 12)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    options = {"prefill_chunk_size": 4} if chunked else {}
+    with model.routing_statistics() as seen:
+        model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False, eos_token_id=None, **options)
+    assert seen.tokens == 7 + 12 + 2 * 3
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_what_checkpointing_computes_again_decides_alike(model, reentrant):
     block, gradients = tokens(1, 300), []
