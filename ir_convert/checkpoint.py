@@ -21,7 +21,7 @@ from . import experts, rope
 from .errors import UserError, one_line
 from .families import UNITS, Family, family_of, projection_sizes
 from .files import TOKENIZER_FILES, expanded, require_readable
-from .integrity import require_whole
+from .integrity import ROTARY, require_whole
 from .supported import require_supported
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -86,8 +86,10 @@ class Checkpoint:
             raise UserError(
                 f"{path} holds an adapter beside its model: merge them, or move {ADAPTER} away to do without it"
             )
-        checkpoint = cls(model, path, config, shards_of(path))
-        require_whole(path, config, checkpoint.shards)
+        shards = shards_of(path)
+        require_whole(path, config, shards)
+        # Old checkpoints store the frequencies of rotary embeddings; models compute them.
+        checkpoint = cls(model, path, config, {name: shard for name, shard in shards.items() if ROTARY not in name})
         if checkpoint._has_two_heads():
             config.tie_word_embeddings = False
         return checkpoint
@@ -110,7 +112,7 @@ class Checkpoint:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
         try:
-            return AutoTokenizer.from_pretrained(self.path)
+            return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
         except Exception as error:  # transformers 4 lets an AttributeError through, tokenizers raise a bare Exception
             raise UserError(f"{self.name} has no tokenizer that loads: {one_line(error)}") from error
 

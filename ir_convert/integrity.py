@@ -9,6 +9,7 @@ from . import experts
 from .errors import UserError, one_line
 from .families import experts_of, family_of, packed_rows, projection_sizes
 
+ROTARY = ".rotary_emb."  # in the names of tensors that are no weights
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -55,7 +56,7 @@ def _require_layers(path: Path, config: PretrainedConfig, shapes: dict[str, list
     prefix = f"{family_of(config).layers}."
     for name, shape in shapes.items():
         layer, _, inside = name.removeprefix(prefix).partition(".")
-        if name.startswith(prefix) and "rotary_emb" not in inside:
+        if name.startswith(prefix) and ROTARY not in name:
             if layer not in layers:
                 raise UserError(f"{path} has a tensor '{name}'; config.json says that there are {len(layers)} layers")
             layers[layer].add(inside)

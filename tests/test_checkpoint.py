@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
-from models import save_random
+from models import random_routing, save_random
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
@@ -15,6 +15,7 @@ from ir_convert import checkpoint as module
 from ir_convert.checkpoint import Checkpoint
 from ir_convert.decoder import Decoder
 from ir_convert.errors import UserError
+from ir_convert.export.hf import write
 
 
 @pytest.fixture
@@ -68,6 +69,31 @@ def test_vocabulary_is_what_text_consists_of(folder):
     special = {checkpoint.tokenizer.convert_tokens_to_ids(token) for token in ("w0", "w3", "<reserved>")}
     assert len(special) == 3
     assert checkpoint.vocabulary.tolist() == [token for token in range(92) if token not in special]
+
+
+def test_frequencies_that_old_checkpoints_store_are_left_out(tmp_path):
+    """As Llama 2's do."""
+    save_random("llama", tmp_path / "model")
+    path, name = tmp_path / "model" / "model.safetensors", "model.layers.{}.self_attn.rotary_emb.inv_freq"
+    tensors = load_file(path)
+    save_file(tensors | {name.format(layer): torch.ones(4) for layer in range(3)}, path, metadata={"format": "pt"})
+    checkpoint = Checkpoint.open(str(tmp_path / "model"))
+    assert set(checkpoint.shards) == set(tensors)
+    assert Decoder(checkpoint, torch.device("cpu")).layer(2)
+    (tmp_path / "hf").mkdir()
+    write(checkpoint, random_routing(checkpoint), tmp_path / "hf")
+    assert not any("rotary" in name for name in load_file(tmp_path / "hf" / "model.safetensors"))
+
+
+def test_code_of_a_tokenizer_is_not_run(folder, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    (folder / "tok.py").write_text("open('ran', 'w')\nclass Tok: ...\n")
+    settings = {"tokenizer_class": "Tok", "auto_map": {"AutoTokenizer": ["tok.Tok", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    monkeypatch.chdir(folder)
+    with pytest.raises(UserError, match="has no tokenizer that loads"):
+        _ = Checkpoint.open(str(folder)).tokenizer
+    assert not (folder / "ran").exists()
 
 
 def test_weights_hash_follows_the_weights(folder, tmp_path):
