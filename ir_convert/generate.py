@@ -9,13 +9,14 @@ from threading import Thread
 import numpy as np
 import torch
 import transformers
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from .errors import UserError, one_line
 from .files import expanded
 
-CONTEXT = 8  # tokens of the prompt that its continuation is decoded with
+CONTEXT = 8  # tokens that the next are decoded with
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 LEAST_TEMPERATURE = 1e-3  # below it half precision overflows
 
 
@@ -89,7 +90,10 @@ def _hugging_face(
         except ValueError as error:
             raise UserError(str(error)) from error
     torch.manual_seed(seed)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    # The base model's own settings (beams, penalties, top_k) stay out of it, but for its special tokens: as with an ONNX file.
+    tokens = {name: getattr(model.generation_config, name) for name in SPECIAL}
+    model.generation_config = GenerationConfig(**tokens)
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
     streamer = _Tokens()
     failures: list[BaseException] = []
@@ -159,5 +163,6 @@ def _pieces(
         text = decode()
         if not text.endswith("\ufffd"):
             yield text[len(shown) :]
-            shown = text
+            seen = seen[-CONTEXT:]  # or each token would take longer than the one before
+            shown = decode()
     yield decode()[len(shown) :]

@@ -10,7 +10,7 @@ import torch
 from .checkpoint import Checkpoint
 from .errors import UserError
 from .export import hf, onnx
-from .export.onnx import triton
+from .export.onnx import genai, triton
 from .outputs import Output, check_outputs
 from .progress import Reporter
 from .quantisation import Quantisation, onnx_bytes
@@ -48,14 +48,18 @@ class Writing:
             raise UserError(f"{flag} is of ONNX files, and no output is one: name a .onnx output, or leave it out")
 
     def check_dtype(self) -> None:
-        """Raises UserError where ONNX Runtime has no kernels for a model of this precision."""
+        """Raises UserError where a runtime that is asked for takes no model of this precision."""
         if self._has_onnx:
             onnx.check_dtype(self._dtype or torch.float32)
+        if self._dtype == torch.bfloat16 and any(output.kind == "triton" for output in self.outputs):
+            raise UserError("Triton's ONNX Runtime backend takes no bfloat16: give --dtype float16 or float32")
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Raises UserError where an output exists, has no room, or cannot hold this model."""
-        if self._has_onnx:
-            onnx.check_model(checkpoint.config, self.quantisation.int4)
+        # What is calibrated on quantised units is for an ONNX file to come.
+        if self._has_onnx or self.quantisation.calibrate:
+            onnx.check_model(checkpoint.config, self.quantisation.int4 or self.quantisation.calibrate)
+            genai.settings(checkpoint, "")
         check_outputs(list(self.outputs), checkpoint, self.overwrite, lambda output: self._estimate(output, checkpoint))
 
     def write(self, checkpoint: Checkpoint, routing: Routing, report: Reporter) -> dict[Path, int]:

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -253,6 +254,18 @@ def test_generate(artifact, run, converted):
         for seed in (0, 0, 1)
     ]
     assert sampled[0] == sampled[1] != sampled[2]
+
+
+@pytest.mark.parametrize("setting", [{"repetition_penalty": 5.0}, {"num_beams": 2}, {"do_sample": True, "top_k": 3}])
+def test_generate_is_greedy_whatever_the_base_model_samples_with(setting, run, converted, tmp_path):
+    folder = tmp_path / "ir"
+    shutil.copytree(converted.folder / "ir-tiny", folder)
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | setting), "utf-8")
+    command = ("def __init__(self", "--max-new-tokens", 12)
+    code, out, err = run("generate", folder, *command)
+    assert code == 0, err
+    assert out == run("generate", converted.folder / "ir-tiny", *command)[1]
 
 
 def test_the_cards_example_runs(converted, monkeypatch):

@@ -1,7 +1,10 @@
 """The int4 flags: what goes together, what a job remembers of them, and what reaches the exporter."""
 
+import shutil
+
 import pytest
 from calibrations import shorten
+from models import save_random
 from test_cli import base, run  # noqa: F401
 from test_job import OPTIONS, model  # noqa: F401
 
@@ -126,3 +129,20 @@ def test_bfloat16_is_for_gpus(model, calibrated, exported, run, tmp_path):  # no
     code, _, err = run(model, "--routing", calibrated, "--dtype", "bfloat16", "--out", tmp_path / "m.onnx")
     assert code == 0, err
     assert "ONNX Runtime runs bfloat16 models on GPUs alone" in err
+    triton = ("--target", "triton", "--out", tmp_path / "triton")
+    code, _, err = run(model, "--routing", calibrated, "--dtype", "bfloat16", *triton)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "Triton's ONNX Runtime backend takes no bfloat16" in err
+
+
+def test_what_onnx_cannot_be_given_is_said_before_the_calibration(model, run, tmp_path):  # noqa: F811
+    save_random("qwen3_moe", tmp_path / "moe")
+    code, _, err = run(tmp_path / "moe", "--calibrate-quantised", "--out", tmp_path / "r.safetensors")
+    assert code == 2
+    assert "does not support int4 for a mixture of experts" in err.splitlines()[-1]
+    shutil.copytree(model, tmp_path / "damaged")
+    (tmp_path / "damaged" / "generation_config.json").write_text("[1]")
+    code, _, err = run(tmp_path / "damaged", *OPTIONS, "--out", tmp_path / "m.onnx")
+    assert code == 2
+    assert "generation_config.json is damaged" in err.splitlines()[-1]
+    assert "Calibration will take" not in err

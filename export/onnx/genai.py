@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ir_convert.checkpoint import Checkpoint
-from ir_convert.errors import UserError
+from ir_convert.errors import UserError, one_line
 from ir_convert.families import head_dim
 
 from .rotary import long_text_bound
@@ -19,20 +19,21 @@ SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
 _ERRORS_ONLY = 3
 
 
-def write(checkpoint: Checkpoint, folder: Path, name: str, share_buffer: bool = False) -> None:
+def write(checkpoint: Checkpoint, folder: Path, name: str) -> None:
     """Writes ``genai_config.json`` beside the model file ``name``; see ``settings``."""
-    text = json.dumps(settings(checkpoint, name, share_buffer), indent=2)
+    text = json.dumps(settings(checkpoint, name), indent=2)
     (folder / FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def settings(checkpoint: Checkpoint, name: str, share_buffer: bool = False) -> dict[str, Any]:
+def settings(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     """Returns the configuration, in genai's own terms.
 
     Args:
         checkpoint: the base model.
         name: file name of the model.
-        share_buffer: keep keys and values in one buffer as long as the longest text, which is input and output of every
-            call; the graph must then write in place where past is at least as long as the attention mask.
+
+    Raises:
+        UserError: the base model's ``generation_config.json`` is damaged.
     """
     config, generation = checkpoint.config, _generation(checkpoint)
     return {
@@ -66,7 +67,8 @@ def settings(checkpoint: Checkpoint, name: str, share_buffer: bool = False) -> d
         },
         "search": {
             **{key: generation[key] for key in SAMPLING if key in generation},
-            "past_present_share_buffer": share_buffer,
+            # One buffer as long as the longest text is input and output of every call: the graph writes in it in place.
+            "past_present_share_buffer": True,
         },
     }
 
@@ -88,12 +90,12 @@ def _generation(checkpoint: Checkpoint) -> dict[str, Any]:
     """Returns what the base model's ``generation_config.json`` says.
 
     Raises:
-        UserError: it is no JSON.
+        UserError: it is no JSON object.
     """
     for file in checkpoint.files(("generation_config.json",)):
         try:
-            said = json.loads(file.read_text("utf-8"))
-        except ValueError as error:
-            raise UserError(f"{file} is damaged: {error}") from error
-        return {key: value for key, value in said.items() if value is not None}
+            said = json.loads(file.read_text("utf-8")).items()
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{file} is damaged: {one_line(error)}") from error
+        return {key: value for key, value in said if value is not None}
     return {}

@@ -8,12 +8,11 @@ import onnx
 from ir_convert.files import sync
 
 CONFIG = "config.pbtxt"
-TYPES: dict[int, str] = {
+TYPES: dict[int, str] = {  # what the backend takes; bfloat16 it does not
     onnx.TensorProto.BOOL: "TYPE_BOOL",
     onnx.TensorProto.INT64: "TYPE_INT64",
     onnx.TensorProto.FLOAT: "TYPE_FP32",
     onnx.TensorProto.FLOAT16: "TYPE_FP16",
-    onnx.TensorProto.BFLOAT16: "TYPE_BF16",
 }
 
 # No name: Triton takes the folder's, so that the folder can be renamed.

@@ -40,7 +40,9 @@ def check_model(config: PretrainedConfig, int4: bool) -> None:
     if (feature := onnx_unsupported(config)) is not None:
         raise UserError(f"ONNX export does not support {feature}; a checkpoint folder (--out NAME) does")
     if int4 and experts_of(config) is not None:
-        raise UserError("ONNX export does not support int4 for a mixture of experts: leave --int4 away")
+        raise UserError(
+            "ONNX export does not support int4 for a mixture of experts: leave --int4 and --calibrate-quantised away"
+        )
 
 
 def write(
@@ -102,7 +104,7 @@ def write(
     )
     for file in checkpoint.files(("config.json", "generation_config.json", *TOKENIZER_FILES)):
         shutil.copyfile(file, folder / file.name)
-    genai.write(checkpoint, folder, name, share_buffer=True)
+    genai.write(checkpoint, folder, name)
     routing.save(folder / f"{Path(name).stem}.routing.safetensors")
     for path in [*folder.iterdir(), folder]:
         sync(path)

@@ -2,8 +2,8 @@
 
 model = OnnxModel.load("ir-llama.onnx")
 model.set_sparsity(0.3)
-for token in model.generate(model.tokenizer("Once upon", return_tensors="np").input_ids, max_new_tokens=20):
-    print(model.tokenizer.decode(token), end="")
+prompt = model.tokenizer("Once upon", return_tensors="np").input_ids
+print(model.tokenizer.decode([int(token[0]) for token in model.generate(prompt, max_new_tokens=20)]))
 """
 
 from .model import OnnxModel

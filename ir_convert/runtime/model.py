@@ -14,11 +14,11 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ..curve import Curve
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..export.hf.control_ir import SparsityControl
 from ..files import TOKENIZER_FILES
 from .buffers import Buffers
-from .checks import mask_of, require_cache, require_count, require_positions, require_sampling, tokens_of
+from .checks import ends_of, mask_of, require_cache, require_count, require_positions, require_sampling, tokens_of
 from .dtypes import NUMPY
 from .library import choose as choose_library
 from .loading import choose_providers, end_tokens, inspect, model_file, open_session, warn_if_slow
@@ -125,9 +125,9 @@ class OnnxModel:
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(self.path.parent)
-        except (OSError, ValueError) as error:
-            raise UserError(f"the tokenizer beside {self.path} does not load: {str(error).splitlines()[0]}") from error
+            return AutoTokenizer.from_pretrained(self.path.parent, trust_remote_code=False)
+        except Exception as error:  # tokenizers' exceptions share no base class of their own
+            raise UserError(f"the tokenizer beside {self.path} does not load: {one_line(error)}") from error
 
     @cached_property
     def eos_ids(self) -> frozenset[int]:
@@ -167,7 +167,7 @@ class OnnxModel:
         position_ids: NDArray | None = None,
         past: Cache | None = None,
     ) -> NDArray:
-        """Returns the logits ``[B, S, vocab]``; see ``forward``."""
+        """Returns the logits; see ``forward``."""
         return self.forward(input_ids, attention_mask, position_ids, past)[0]
 
     def forward(
@@ -189,7 +189,8 @@ class OnnxModel:
             past: keys and values of the cached tokens, as returned by the call before.
 
         Returns:
-            Logits ``[B, S, vocab]``, and the keys and values of all P + S tokens.
+            Logits ``[B, S, vocab]``, of a model made with ``--logits last`` ``[B, 1, vocab]``, and the keys and values of all
+            P + S tokens.
 
         Raises:
             UserError: an argument has another shape, or keys and values are bfloat16, for which numpy has no type.
@@ -228,6 +229,8 @@ class OnnxModel:
         """Takes note of what a call did, and moves the threshold if the sparsity is held."""
         self.saved, self.executed = float(outputs["routing_saved"][0]), outputs.get("executed")
         if self._control is not None:
+            if self.threshold != self._control.threshold:  # the caller has put it elsewhere
+                self._control.start(self._control.sparsity, self.threshold)
             real = feed["attention_mask"][:, -feed["input_ids"].shape[1] :]
             self.threshold = self._control.observe(self.saved, int(real.sum()))
 
@@ -262,7 +265,7 @@ class OnnxModel:
         Yields:
             The next token of every text, int64 ``[B]``; one that has ended repeats its last token.
         """
-        require_sampling(temperature, top_k, top_p)
+        require_sampling(temperature, top_k, top_p, seed)
         require_count("max_new_tokens", max_new_tokens, "how many tokens to write at the most", 0)
         require_count("chunk_size", chunk_size, "how many of the prompt's tokens to run at once", 1)
         text = tokens = tokens_of(input_ids, self._vocabulary)
@@ -271,8 +274,7 @@ class OnnxModel:
             raise UserError(f"generate() wants prompts of at least one token, got shape {list(tokens.shape)}")
         if not mask[:, -1].all():
             raise UserError("generate() wants prompts padded on the left, so that every prompt's last token comes last")
-        eos_ids = self.eos_ids if eos_ids is None else eos_ids
-        ends = np.array([eos_ids] if isinstance(eos_ids, int | np.integer) else list(eos_ids), np.int64)
+        ends = ends_of(self.eos_ids if eos_ids is None else eos_ids)
         generator = np.random.default_rng(seed)
         ended = np.zeros(len(tokens), bool)
         # The last token is never fed back.

@@ -166,7 +166,7 @@ def test_bad_calls_say_what_to_do(model, prompt):
         with pytest.raises(UserError, match="prompts of at least one token"):
             next(model.generate(nothing))
     for ids, message in (
-        ([[1, 2], [3]], "texts of different lengths: pad them"),
+        ([[1, 2], [3]], "input_ids are texts of different lengths: pad them"),
         ([1, 2], r"int64 \[2\]: give token ids"),
         ([[0.5, 1.0]], r"float64 \[1, 2\]: give token ids"),
         ([[1, -1]], "with negative ones"),
@@ -182,12 +182,16 @@ def test_bad_calls_say_what_to_do(model, prompt):
         for value in (2, 0.5, -1):
             with pytest.raises(UserError, match="attention_mask holds values other than 0 and 1"):
                 run(prompt, np.full((1, 9), value))
+        with pytest.raises(UserError, match="attention_mask are texts of different lengths"):
+            run(prompt, [[1] * 9, [1]])
         with pytest.raises(UserError, match="input_ids hold 131, the model has 0 to 130"):
             run([[5, 131]])
     with pytest.raises(UserError, match=r"input_ids \[2, 0\] hold no token"):
         model.logits(np.zeros((2, 0)))
     with pytest.raises(UserError, match=r"position_ids \[1, 3\] are not \[1, 9\]: give one for every new token"):
         model.logits(prompt, position_ids=np.arange(3)[None])
+    with pytest.raises(UserError, match="position_ids are texts of different lengths"):
+        model.logits(prompt, position_ids=[[0, 1], [0]])
     for count in (-3, 2.5, "7"):
         with pytest.raises(UserError, match=f"max_new_tokens is {count!r}"):
             next(model.generate(prompt, max_new_tokens=count))
@@ -196,9 +200,14 @@ def test_bad_calls_say_what_to_do(model, prompt):
         UserError, match="chunk_size is 0: give how many of the prompt's tokens to run at once, 1 or more"
     ):
         next(model.generate(prompt, chunk_size=0))
-    for setting in ({"temperature": -1.0}, {"temperature": math.nan}, {"top_k": 0}, {"top_p": 1.5}):
-        with pytest.raises(UserError, match="top_k 0 leaves no token" if "top_k" in setting else "is not in"):
+    for setting in ({"temperature": -1.0}, {"temperature": math.nan}, {"top_p": 1.5}):
+        with pytest.raises(UserError, match="is not in"):
             next(model.generate(prompt, **{"temperature": 1.0} | setting))
+    for name, value in (("top_k", 0), ("top_k", 50.0), ("seed", -1), ("seed", 1.5)):
+        with pytest.raises(UserError, match=f"{name} is {value}: give"):
+            next(model.generate(prompt, temperature=1.0, **{name: value}))
+    with pytest.raises(UserError, match=r"eos_ids \['</s>'\] are no token ids"):
+        next(model.generate(prompt, eos_ids=["</s>"]))
     with pytest.raises(UserError, match=r"no memory for keys and values of 1 x \d+ tokens"):
         next(model.generate(prompt, max_new_tokens=10**12))
 
@@ -216,6 +225,8 @@ def test_a_cache_must_be_that_of_the_same_texts(model, prompt):
         model.forward(prompt[:, 8:], past=[past[0], past[1][:, :, :5], *past[2:]])
     with pytest.raises(UserError, match=r"past_key_values.0.key is float16"):
         model.forward(prompt[:, 8:], past=[part.astype(np.float16) for part in past])
+    with pytest.raises(UserError, match=r"past_key_values.0.key is float64 \[1, 2, 8, 8\], not float32"):
+        model.forward(prompt[:, 8:], past=[part.tolist() for part in past])
     with pytest.raises(UserError, match="past holds 5 arrays, not 6"):
         model.forward(prompt[:, 8:], past=past[1:])
     logits, _ = model.forward(prompt[:, 8:], np.ones((1, 9)), np.array([[8]]), past)

@@ -68,6 +68,10 @@ def test_holds_a_sparsity_that_the_curve_misses(tmp_path, kv_cache):
         assert control.sparsity == 0.2
     assert abs(np.mean(saved[-8:]) - 0.2) < 0.03
 
+    with model.hold_sparsity(0.4):
+        model.threshold = -math.inf
+        assert [run() <= 0 for _ in range(2)] == [True] * 2  # the caller's, and where it goes on from
+
     with model.hold_sparsity(0.4, gain=1.0):  # 256 real tokens in single steps move it once, and padding never does
         first = model.threshold
         for _ in range(255):

@@ -6,8 +6,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from ir_convert.errors import UserError
-from ir_convert.files import sync
+from ir_convert.errors import UserError, reason
+from ir_convert.files import expanded, sync
 
 from .library import NAME, SOURCES, location
 
@@ -22,35 +22,49 @@ def build(out: Path | None = None, cuda: str = "auto", sanitize: bool = False) -
     Args:
         out: the file to write; by default where ``find`` looks.
         cuda: whether to build the CUDA kernels: ``on``, ``off``, or ``auto``: where nvcc is found.
-        sanitize: with AddressSanitizer and UndefinedBehaviorSanitizer.
+        sanitize: with AddressSanitizer and UndefinedBehaviorSanitizer; needs ``out``.
 
     Returns:
         The library's path.
 
     Raises:
-        UserError: no compiler, or it fails; the environment names a folder of headers that has none.
+        UserError: no compiler, or it fails; ``out`` cannot be written; the environment names a folder of headers that has none.
     """
     if shutil.which("cmake") is None:
         raise UserError("building the native kernels needs CMake 3.24 (pip install cmake) and a C++ compiler")
-    out = out or location()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="ir-ops-") as folder:
-        options = [f"-DIR_CUDA={cuda.upper()}", f"-DIR_SANITIZE={'ON' if sanitize else 'OFF'}"]
-        options.append(f"-D{STRICT}={'ON' if os.environ.get(STRICT) else 'OFF'}")
-        if headers := os.environ.get(HEADERS):
-            if not (Path(headers) / "onnxruntime_c_api.h").is_file():
-                raise UserError(f"{HEADERS} names '{headers}', where there is no onnxruntime_c_api.h")
-            options.append(f"-D{HEADERS}={Path(headers).resolve()}")
-        _run("cmake", "-S", str(SOURCES), "-B", folder, *options)
-        _run("cmake", "--build", folder, "--parallel", str(os.cpu_count() or 1))
-        # Copied beside its place first, so that it appears there at once, also from another file system.
-        with tempfile.NamedTemporaryFile(dir=out.parent, prefix=f".{NAME}.", delete=False) as copy:
-            shutil.copyfile(Path(folder) / NAME, copy.name)
-        Path(copy.name).chmod(0o755)
-        sync(Path(copy.name))
-        Path(copy.name).replace(out)
-        sync(out.parent)
+    if sanitize and out is None:
+        raise UserError(
+            "a library with sanitizers ends every process that did not start with them: give it a place (--out)"
+        )
+    out = location() if out is None else expanded(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # What is built is copied beside its place first, so that it appears there at once, also from another file system.
+        with (
+            tempfile.TemporaryDirectory(prefix="ir-ops-") as folder,
+            tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{NAME}.") as beside,
+        ):
+            _compile(folder, cuda, sanitize)
+            copy = Path(shutil.copyfile(Path(folder) / NAME, Path(beside) / NAME))
+            copy.chmod(0o755)
+            sync(copy)
+            copy.replace(out)
+            sync(out.parent)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {reason(error)}") from error
     return out
+
+
+def _compile(folder: str, cuda: str, sanitize: bool) -> None:
+    """Has CMake build the library in a folder."""
+    options = [f"-DIR_CUDA={cuda.upper()}", f"-DIR_SANITIZE={'ON' if sanitize else 'OFF'}"]
+    options.append(f"-D{STRICT}={'ON' if os.environ.get(STRICT) else 'OFF'}")
+    if headers := os.environ.get(HEADERS):
+        if not (Path(headers) / "onnxruntime_c_api.h").is_file():
+            raise UserError(f"{HEADERS} names '{headers}', where there is no onnxruntime_c_api.h")
+        options.append(f"-D{HEADERS}={Path(headers).resolve()}")
+    _run("cmake", "-S", str(SOURCES), "-B", folder, *options)
+    _run("cmake", "--build", folder, "--parallel", str(os.cpu_count() or 1))
 
 
 def _run(*command: str) -> None:

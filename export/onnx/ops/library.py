@@ -24,22 +24,24 @@ def location() -> Path:
     digest = hashlib.sha256(f"{ir_convert.__version__} {platform.system()} {platform.machine()}".encode())
     for source in sorted(path for path in SOURCES.rglob("*") if path.suffix in SUFFIXES):
         digest.update(source.relative_to(SOURCES).as_posix().encode() + b"\0" + source.read_bytes() + b"\0")
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return caches / "ir-convert" / "ops" / digest.hexdigest()[:16] / NAME
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser(
+        "~/.cache"
+    )  # Path's raises for users without a home
+    return Path(caches) / "ir-convert" / "ops" / digest.hexdigest()[:16] / NAME
 
 
 def find() -> Path | None:
     """Returns the library that the environment names, which may be none, or else the built one; None where there is none.
 
     Raises:
-        UserError: the environment names a file that does not exist.
+        UserError: the environment names what is no file.
     """
     if (named := os.environ.get(VARIABLE)) is not None:
-        if named and not Path(named).is_file():
-            raise UserError(f"{VARIABLE} names '{named}', which does not exist")
+        if named and not os.path.isfile(named):
+            raise UserError(f"{VARIABLE} names '{named}', where there is no file that can be read")
         return Path(named) if named else None
     built = location()
-    return built if built.is_file() else None
+    return built if os.path.isfile(built) else None  # Path's raises where the folder is closed to this process
 
 
 @cache

@@ -223,7 +223,7 @@ def test_special_tokens(base):
 def test_sampling_is_the_base_models(base):
     checkpoint = change(base, "generation_config.json", do_sample=True, temperature=0.6, top_k=20, top_p=None)
     search = genai.settings(checkpoint, "m.onnx")["search"]
-    assert search == {"do_sample": True, "temperature": 0.6, "top_k": 20, "past_present_share_buffer": False}
+    assert search == {"do_sample": True, "temperature": 0.6, "top_k": 20, "past_present_share_buffer": True}
 
 
 @pytest.mark.parametrize(("family", "bound"), [("phi3-long", 128), ("phi3", None)])
@@ -234,16 +234,9 @@ def test_other_bounds_than_the_one_that_genai_knows(family, bound, tmp_path):
     assert metadata(checkpoint, random_routing(checkpoint))["long_text_bound"] == bound
 
 
-def test_sharing_the_buffer_is_one_argument(base):
-    checkpoint = Checkpoint.open(str(base))
-    apart, shared = (genai.settings(checkpoint, "m.onnx", share_buffer=share) for share in (False, True))
-    assert shared["search"].pop("past_present_share_buffer") is True
-    assert apart["search"].pop("past_present_share_buffer") is False
-    assert apart == shared
-
-
-def test_damaged_generation_config(base):
-    (base / "generation_config.json").write_text("{")
+@pytest.mark.parametrize("content", ["{", "[1]"])
+def test_damaged_generation_config(content, base):
+    (base / "generation_config.json").write_text(content)
     checkpoint = Checkpoint.open(str(base))
     with pytest.raises(UserError, match=r"generation_config.json is damaged"):
         genai.settings(checkpoint, "m.onnx")

@@ -1,9 +1,11 @@
 """How the runtime chooses a library of native kernels: found, named, none; and which models keep their own functions."""
 
+import os
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from ir_convert.choices import INT4_METHODS
 from ir_convert.errors import UserError
 from ir_convert.export.onnx import write
 from ir_convert.export.onnx.int4 import Int4
-from ir_convert.export.onnx.ops import level, supported
+from ir_convert.export.onnx.ops import building, level, supported
 from ir_convert.export.onnx.ops.library import VARIABLE
 from ir_convert.runtime import OnnxModel
 from ir_convert.runtime import library as choosing
@@ -170,11 +172,34 @@ def test_environment(library, monkeypatch, tmp_path):
     assert choose(None, model, CPU) is None
     assert choose(library, model, CPU) == library
     monkeypatch.setenv(VARIABLE, str(tmp_path / "none.so"))
-    with pytest.raises(UserError, match=f"{VARIABLE} names '.*none.so', which does not exist"):
+    with pytest.raises(UserError, match=f"{VARIABLE} names '.*none.so', where there is no file"):
         choose(None, model, CPU)
     monkeypatch.delenv(VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # where nothing has been built
     assert choose(None, model, CPU) is None
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="nobody is the user to become")
+def test_a_cache_folder_that_is_closed(tmp_path):
+    """To a service that runs as another user than the folder's."""
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o700)
+    code = "import os; from ir_convert.export.onnx.ops import find; os.setuid(65534); print(find())"
+    environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
+    for place in ({"XDG_CACHE_HOME": str(closed)}, {"XDG_CACHE_HOME": "", "HOME": str(closed)}):
+        done = subprocess.run([sys.executable, "-c", code], env=environment | place, capture_output=True, text=True)
+        assert done.stdout == "None\n", done.stderr
+
+
+def test_what_cannot_be_built_is_said_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(building, "_compile", None)  # not even begun
+    with pytest.raises(UserError, match=r"give it a place \(--out\)"):
+        building.build(sanitize=True)
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file" / "x.so", Path("/proc/x/y.so")):
+        with pytest.raises(UserError, match=f"cannot write {out}: "):
+            building.build(out)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_no_library(library, tmp_path, monkeypatch):
