@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
-from .draw import SourceText, fill, shares_of
+from .draw import MOST_SECTIONS, SourceText, fill, shares_of
 from .pieces import Reader
 from .sources import Source, local_path, open_sources
 
@@ -92,7 +92,8 @@ def read_blocks(
     _check_shares(readers, asked, tokens, block)
     bos = _bos(tokenizer)
     body = block if bos is None else block - 1
-    texts = [SourceText(reader, tokenizer, body, count) for reader, count in zip(readers, asked, strict=True)]
+    most = MOST_SECTIONS // len(readers)
+    texts = [SourceText(reader, tokenizer, body, count, most) for reader, count in zip(readers, asked, strict=True)]
     try:
         counts = fill(texts, weights, total)
         _check_counts(texts, counts, body)

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from .pieces import Pieces, Reader
 
 SECTION_BLOCKS = 4
-MOST_SECTIONS = 256
+MOST_SECTIONS = 64  # of all sources together: each may hold a file open
 # Most tokenizers give 3 to 5 characters a token; 8 leaves room, and where it does not reach more is read.
 CHARACTERS_PER_TOKEN = 8
 
@@ -45,14 +45,21 @@ class _Section:
 class SourceText:
     """Blocks of one source, drawn in equal shares from sections all over it."""
 
-    def __init__(self, reader: Reader, tokenizer: PreTrainedTokenizerBase, body: int, blocks: int):
+    def __init__(
+        self,
+        reader: Reader,
+        tokenizer: PreTrainedTokenizerBase,
+        body: int,
+        blocks: int,
+        most_sections: int,
+    ):
         def tokenize(text: str) -> list[int]:
             return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
         eos = getattr(tokenizer, "eos_token_id", None)
         self._separator = tokenize("\n\n") if eos is None else [eos]
         self._body, self._lengths, self.name = body, [0], reader.name
-        count = max(1, min(MOST_SECTIONS, blocks // SECTION_BLOCKS))
+        count = max(1, min(most_sections, blocks // SECTION_BLOCKS))
         self._sections = [_Section(pieces, tokenize, self._separator) for pieces in reader.sections(count)]
 
     def grow(self, blocks: int) -> int:

@@ -84,7 +84,7 @@ def _open(location: str, field: str) -> Reader:
     in_folder = colon and "/" not in more and local_path(name)
     if not in_folder and (not DATA_SET.fullmatch(location) or SUFFIX.search(name)):
         raise UserError(f"calibration text {location} does not exist")
-    return open_dataset(location, field)
+    return open_dataset(f"{in_folder}:{more}" if in_folder else location, field)
 
 
 def local_path(location: str) -> Path | None:

@@ -1,6 +1,8 @@
 """Text becomes blocks, in the shares asked for, or one clear line."""
 
 import json
+import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,18 @@ def test_more_is_read_where_tokens_are_long(tmp_path):
     """At 50 characters a token the first guess of what to read is far too little."""
     source = write(tmp_path / "text", "".join(f"{number:050}\n" for number in range(20_000)))
     assert rows(read_blocks([source], Words(), 16_000, block=16)).numel() == 16_000
+
+
+def test_few_files_are_open_at_once(tmp_path):
+    """A process may have 256 on some systems."""
+    sources = [numbers(tmp_path / f"{name}.txt", 200_000) for name in "abc"]
+    allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 80, most))
+    try:
+        blocks = read_blocks(sources, Words(), 40_000, block=16)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, most))
+    assert rows(blocks).numel() == 40_000
 
 
 def test_every_block_starts_with_bos_where_the_tokenizer_adds_it(tmp_path):

@@ -35,6 +35,11 @@ def test_splits(folder):
     assert open_sources([Source(f"{folder}:default")], "text")[0].name == f"{folder}:default:train"
 
 
+def test_home_is_expanded(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert read(f"~/{folder.name}:default:test") == read(f"{folder}:default:test")
+
+
 def test_sections_are_shards(folder):
     assert read(f"{folder}:", 9) == [[f"train {shard} {row}" for row in range(5)] for shard in range(3)]
     assert [text for section in read(f"{folder}:", 2) for text in section] == read(f"{folder}:")[0]
