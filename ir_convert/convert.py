@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from hashlib import sha256
 from pathlib import Path
 from shutil import disk_usage
 from typing import Any
@@ -158,16 +159,21 @@ def convert(
         }
         | {_flag(name): value for name, value in options.as_dict().items()}
         | {"--tokens": tokens, "--block-size": block_size, "--calibration text": blocks.sha256}
+        | {"vocabulary": sha256(checkpoint.vocabulary.numpy().tobytes()).hexdigest()}
         | {"--device": processor.type, "number of processes": team.size}
         | quantisation.calibrated(),
         {"--dtype": dtype, "--trace": trace, "--logits": logits, "copied": checkpoint.sha256(COPIED)}
         | quantisation.stored(),
     )
-    done = [output for output in outputs if job.did(output, checkpoint)]
-    if len(done) == len(outputs) and not restart:
+    done = [] if restart else [output for output in outputs if job.did(output, checkpoint)]
+    known = Routing.load(done[0].routing_file) if done else None
+    if known and len(done) == len(outputs):
+        job.forget(outputs[0], team)
         report.note(f"Already done: {', '.join(str(output.path) for output in outputs)} came from this very command.")
-        return Conversion(Routing.load(outputs[0].routing_file), {}, time.monotonic() - start)
-    writing = writing.only([output for output in outputs if restart or output not in done])
+        return Conversion(known, {}, time.monotonic() - start)
+    if known:
+        report.note(f"The calibration is that of {done[0].path}, which came from this very command.")
+    writing = writing.only([output for output in outputs if output not in done])
     writing.check(checkpoint)
 
     same = "the same command" + (", without --restart," if restart else "")
@@ -175,8 +181,10 @@ def convert(
         try:
             work = job.work(outputs[0], restart, team)
             view = quantisation.view(checkpoint, work.folder)
-            learned = _calibrate(view, blocks, options, job, processor, work, team, report)
-        except torch.OutOfMemoryError as error:
+            learned = known or _calibrate(view, blocks, options, job, processor, work, team, report)
+        except (RuntimeError, MemoryError) as error:
+            if not _lacks_memory(error):
+                raise
             raise UserError(
                 f"{processor} has no memory left. What was finished is kept: free some, and run {same} again. "
                 "End-to-end stages hold the whole model: --gradient-checkpointing takes less for all else, and accelerate launch "
@@ -190,7 +198,7 @@ def convert(
         sizes = {}
         if team.rank == 0:
             sizes = writing.write(checkpoint, learned, report)
-            job.work(outputs[0], False, Team(alone=True)).clear()
+            job.clear(outputs[0])
         team.wait()
     return Conversion(learned, sizes, time.monotonic() - start)
 
@@ -228,6 +236,13 @@ def _calibrate(
     routing.metadata["job_sha256"] = job.sha256  # set here: how it is written may have changed since
     team.wait()  # or the first process would remove the folder while another still writes there
     return routing
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Tells whether there was no memory: torch has an exception for that on GPUs alone."""
+    said = str(error)
+    lacks = "can't allocate memory" in said or "not enough memory" in said
+    return lacks or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def _outputs(paths: Sequence[Path], target: str) -> list[Output]:

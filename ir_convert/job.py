@@ -59,10 +59,22 @@ class Job:
         team.wait()
         if team.rank == 0:
             if restart:
-                Work(folder).clear()
+                self.clear(output)
             self._claim(folder)
         team.wait()
         return Work(folder if team.size == 1 else folder / f"process-{team.rank}")
+
+    def clear(self, output: Output) -> None:
+        """Removes the work folder; if that is interrupted, what is left of it is nobody's."""
+        (self.folder(output) / JOB).unlink(missing_ok=True)
+        Work(self.folder(output)).clear()
+
+    def forget(self, output: Output, team: Team) -> None:
+        """Removes what a run of this job has left that was killed when all was written."""
+        if team.rank == 0 and (folder := self.folder(output)).is_dir():
+            with self.alone(output, team):
+                if _begun(folder) in (None, self._values):
+                    self.clear(output)
 
     @contextmanager
     def alone(self, output: Output, team: Team) -> Iterator[None]:
@@ -92,17 +104,20 @@ class Job:
             finally:
                 path.unlink(missing_ok=True)
 
+    @property
+    def _values(self) -> Any:
+        """The values as they are read from a file."""
+        return json.loads(json.dumps(self.values))
+
     def _begin(self, folder: Path) -> None:
         Work(folder).clear()
         folder.mkdir(parents=True)
         (folder / JOB).write_text(json.dumps(self.values, indent=2) + "\n", "utf-8")
 
     def _claim(self, folder: Path) -> None:
-        try:
-            before = json.loads((folder / JOB).read_text("utf-8"))
-        except (OSError, ValueError):  # none, or killed while it was being written: nothing had begun
+        before, now = _begun(folder), self._values
+        if before is None:
             return self._begin(folder)
-        now = json.loads(json.dumps(self.values))
         changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         if changed and not any(folder.rglob("*.safetensors")):  # it failed before there was anything to go on from
             self._begin(folder)
@@ -111,6 +126,14 @@ class Job:
             raise UserError(
                 f"an interrupted run waits in {folder}, but {differences}: run its command again to go on, or give --restart"
             )
+
+
+def _begun(folder: Path) -> Any:
+    """Returns the values of the job that a work folder is of; None where none had begun, or was killed as it wrote them."""
+    try:
+        return json.loads((folder / JOB).read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def _difference(name: str, before: Any, now: Any) -> str:

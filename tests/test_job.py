@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from calibrations import shorten
@@ -23,6 +24,7 @@ from ir_convert.calibrate import refit
 from ir_convert.calibrate.endtoend import polish
 from ir_convert.errors import UserError
 from ir_convert.files import TOKENIZER_FILES
+from ir_convert.job import Job
 from ir_convert.routing import Routing
 from ir_convert.stream import work as stream_work
 from ir_convert.writing import Writing
@@ -164,10 +166,12 @@ def test_what_failed_at_once_is_in_nobodys_way(model, tmp_path, run):  # noqa: F
     assert out.exists()
 
 
-def test_goes_on_after_a_device_had_no_memory_left(model, tmp_path, run, monkeypatch):  # noqa: F811
-    def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+def of_a_gpu(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
+
+@pytest.mark.parametrize("full", [of_a_gpu, lambda *_: torch.empty(1 << 50), lambda *_: np.empty(1 << 50)])
+def test_goes_on_after_a_device_had_no_memory_left(full, model, tmp_path, run, monkeypatch):  # noqa: F811
     out = tmp_path / "r.safetensors"
     with monkeypatch.context() as patch:
         patch.setattr(refit, "train_activation", full)
@@ -284,8 +288,38 @@ def test_what_lost_a_file_is_not_done(model, run, tmp_path):  # noqa: F811
         assert "exists: name another output, or give --overwrite" in err
         (tmp_path / "elsewhere").rename(tmp_path / lost)
     (tmp_path / lost).unlink()
-    assert run(model, *OPTIONS, *outs, "--overwrite")[0] == 0
+    more = ["--out", tmp_path / "r.safetensors"]
+    code, _, err = run(model, *OPTIONS, *outs, *more, "--overwrite")
+    assert code == 0, err
+    assert f"The calibration is that of {tmp_path / 'm.onnx'}" in err
+    assert "Calibration will take" not in err
     assert (tmp_path / lost).is_file()
+    same(tmp_path / "m.routing.safetensors", tmp_path / "r.safetensors")
+    assert "Already done" in run(model, *OPTIONS, *outs, *more)[2]
+
+
+def test_what_was_killed_when_all_was_written_leaves_nothing(model, tmp_path, run, monkeypatch):  # noqa: F811
+    out, work = tmp_path / "r.safetensors", tmp_path / ".r.safetensors.work"
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, "clear", lambda *_: None)
+        assert run(model, *OPTIONS, "--out", out)[0] == 0
+    held = (work / "job.json").read_text("utf-8")
+    (work / "job.json").write_text(held.replace('"--rank": 4', '"--rank": 5'), "utf-8")
+    assert "Already done" in run(model, *OPTIONS, "--out", out)[2]
+    assert work.exists()  # another job waits there
+    (work / "job.json").write_text(held, "utf-8")
+    assert "Already done" in run(model, *OPTIONS, "--out", out)[2]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_options_that_do_nothing_are_refused(model, tmp_path, run):  # noqa: F811
+    for options, said in (
+        (("--steps", 3), "--steps 3 is of the paper and greedy recipes"),
+        (("--recipe", "greedy", "--rank", 3), "--rank 3 is of forecasters"),
+    ):
+        code, _, err = run(model, "--out", tmp_path / "r.safetensors", *options)
+        assert (code, err.count("\n")) == (2, 1)
+        assert said in err
 
 
 def test_a_finished_calibration_is_written_another_way(model, tmp_path, run, monkeypatch):  # noqa: F811
