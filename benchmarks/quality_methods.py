@@ -68,12 +68,12 @@ class Job:
 
 
 def options_of(method: str, sparsity: float, seed: int, steps: int) -> Options:
-    plain = Options(sparsity=sparsity, seed=seed, steps=steps)
+    plain = Options(sparsity=sparsity, seed=seed)
     return {
         "local": plain,
-        "paper": replace(plain, recipe="paper"),
+        "paper": replace(plain, recipe="paper", steps=steps),
         "greedy-local": replace(plain, rank=0),
-        "greedy": replace(plain, recipe="greedy"),
+        "greedy": replace(plain, recipe="greedy", steps=steps),
         "mlp-only": replace(plain, units=("mlp",)),
         "strict": replace(plain, kv_cache="strict"),
     }[method]

@@ -21,7 +21,7 @@ RECIPES = [
     replace(OPTIONS, rank=0),
     replace(OPTIONS, polish=2, gradient_checkpointing=True, kv_cache="strict"),
     replace(OPTIONS, recipe="paper", steps=2, lora=True),
-    replace(OPTIONS, recipe="greedy", steps=2),
+    replace(OPTIONS, recipe="greedy", steps=2, rank=None),
 ]
 
 

@@ -110,7 +110,9 @@ def run_backward(
     sample = team.sample(count, ids.shape[1], decoder.device)
 
     def step(index: int, layer: Layer, source: States, target: States) -> Result:
-        seen: dict[str, list[tuple[Tensor, ...]]] = {unit: [] for unit in options.units}
+        # Inputs, outputs and gradients of all tokens: filled part by part, for to put parts together takes twice the memory.
+        kept = (2 + PROBES, ids.numel(), hidden)
+        seen = {unit: torch.empty(kept, device=decoder.device) for unit in options.units}
         for rows in chunks(len(ids), ids.shape[1] * PROBES):
             x = states[index][rows].to(decoder.device).requires_grad_()
             inputs, outputs, stream = {}, {}, x
@@ -126,17 +128,17 @@ def run_backward(
                     stream, [x, *outputs.values()], gradient[:, probe], retain_graph=probe + 1 < PROBES
                 )
                 for unit, g in zip(outputs, at_outputs, strict=True):
-                    gradients[unit].append(g.flatten(0, 1))
+                    gradients[unit].append(g)
             require_finite(at_x, index, "attention", rows, "gradients")
             target[rows] = at_x.cpu()
+            flat = slice(rows.start * ids.shape[1], rows.stop * ids.shape[1])
             for unit in options.units:
-                seen[unit].append(
-                    (inputs[unit].detach().flatten(0, 1), outputs[unit].detach().flatten(0, 1), *gradients[unit])
-                )
+                for whole, part in zip(seen[unit], (inputs[unit], outputs[unit], *gradients[unit]), strict=True):
+                    whole[flat] = part.detach().flatten(0, 1)
         result: Result = {}
         with torch.no_grad():
             for unit in options.units:
-                h, y, *probed = (torch.cat(parts) for parts in zip(*seen.pop(unit), strict=True))
+                h, y, *probed = seen.pop(unit)
                 forecaster, unexplained = Moments.of(h, y).share(team).fit(max(ranks))
                 costs = torch.stack([_cost(truncated(forecaster, each), h, y, probed) for each in ranks])
                 # The router is fitted to what the mean rank costs.
@@ -163,8 +165,11 @@ def units_at(learnt: dict[tuple[int, str], Learnt], ranks: dict[tuple[int, str],
 
 
 def _cost(forecaster: Forecaster, h: Tensor, y: Tensor, gradients: list[Tensor]) -> Tensor:
-    error = forecaster(h) - y
-    return torch.stack([0.5 * (g * error).sum(-1) ** 2 for g in gradients]).mean(0)
+    costs = []
+    for rows in chunks(len(h), 1):
+        error = forecaster(h[rows]) - y[rows]
+        costs.append(torch.stack([0.5 * (g[rows] * error).sum(-1) ** 2 for g in gradients]).mean(0))
+    return torch.cat(costs)
 
 
 def _probe_gradients(

@@ -23,6 +23,7 @@ LOGITS_COPIES = 7  # the probes' and what is computed from them
 SOLVE_MATRICES = (
     7  # d x d in float64 while a unit is solved: two moments, two covariances, identity, what is factored, factor
 )
+SPEED_FLOPS = 10**11  # of a product that measures speed, at most, but where few rows would not tell
 QUANTISED_BYTES = 0.7  # of an int4 weight: 4 bits, and its share of a block's fp32 scale and zero point
 
 
@@ -81,13 +82,14 @@ def estimate(
 
 def _speed(inner: int, outer: int, device: torch.device) -> float:
     """Returns FLOPs a second of an fp32 product of this size; small ones lose some to everything around them."""
-    a, b = torch.randn(2048, inner, device=device), torch.randn(inner, outer, device=device)
+    rows = max(128, min(2048, SPEED_FLOPS // (2 * inner * outer)))
+    a, b = torch.randn(rows, inner, device=device), torch.randn(inner, outer, device=device)
     best = float("inf")
     for _ in range(4):
         start = time.perf_counter()
         float((a @ b)[0, 0])
         best = min(best, time.perf_counter() - start)
-    return 0.6 * 2 * 2048 * inner * outer / best
+    return 0.6 * 2 * rows * inner * outer / best
 
 
 def _duration(seconds: float) -> str:

@@ -148,7 +148,7 @@ def train_activation(
     wider = BENT_SPREAD / SPREAD
     down, down_bias = start.down * wider, (start.down_bias - INFLECTION) * wider + BENT_CENTRE
     start = _solve_second_layer(down, down_bias, h, y, weight, sample.team)
-    scale = sample.mean(y.square().mean(1)).sqrt().clamp(min=1e-12)
+    scale = sample.mean(y, lambda part: part.square().mean(1)).sqrt().clamp(min=1e-12)
     parameters = [start.down, start.down_bias, start.up / scale, start.bias / scale]
     parameters = [parameter.clone().requires_grad_() for parameter in parameters]
     optimizer = torch.optim.Adam(parameters, lr=LR, betas=(0.9, 0.98), fused=True)
@@ -168,9 +168,7 @@ def _solve_second_layer(
 ) -> Forecaster:
     """Returns the best forecaster with this first layer, in closed form."""
     code = F.silu(F.linear(h, down, down_bias))
-    moments = Moments(code.shape[1], y.shape[1], h.device)
-    moments.add(code, y, weight)
-    moments.share(team)
+    moments = Moments.of(code, y, weight).share(team)
     w, _, _ = moments.solve(ridge=1e-5)
     bias = moments.y / moments.n - (moments.h / moments.n) @ w
     return Forecaster(down, down_bias, w.T.float().contiguous(), bias.float())

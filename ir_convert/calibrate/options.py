@@ -62,6 +62,12 @@ class Options:
             raise UserError("--units names no unit, or one twice: give attention,mlp or one of the two")
         if self.lora and self.recipe != "paper":
             raise UserError("--lora is the paper recipe's last stage: give --recipe paper as well")
+        if self.recipe == "local" and self.steps != Options.steps:
+            raise UserError(
+                f"--steps {self.steps} is of the paper and greedy recipes: give one of them, or leave it out"
+            )
+        if self.recipe == "greedy" and self.rank:
+            raise UserError(f"--rank {self.rank} is of forecasters, and the greedy recipe has none: leave it out")
         hidden = config.hidden_size
         rank = default_rank(hidden) if self.rank is None else self.rank
         if rank > hidden:

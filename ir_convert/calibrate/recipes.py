@@ -133,7 +133,7 @@ def polish(fitted: Fitted, blocks: Blocks, options: Options, work: Work, team: T
             sparsity=aim,
             kv_cache=options.kv_cache,
             descent=Descent(options.polish, _batch(team), POLISH_LR, micro_batch=_micro_batch(options), average=True),
-            forecaster_lr=POLISH_FORECASTER_LR,
+            forecaster_lr=0.0 if options.recipe == "greedy" else POLISH_FORECASTER_LR,  # greedy forecasts nothing
             temperature=POLISH_TEMPERATURE,
             distil=True,
             gradient_checkpointing=options.gradient_checkpointing,

@@ -110,20 +110,25 @@ def _meet(
         Of the routed stream, inputs h, outputs y, and what the forecaster is fitted to, ``[tokens, hidden]``; and which tokens
         execute, ``[tokens]``.
     """
-    blocks, _, sequence, _ = before.shape
-    seen = []
+    blocks, _, sequence, hidden = before.shape
+    device = routed.router.hidden.device
+    h, y, goal = torch.empty(3, blocks * sequence, hidden, device=device)
+    execute = torch.empty(blocks * sequence, dtype=torch.bool, device=device)
     for rows in chunks(blocks, 2 * sequence):
-        x, dense = before[rows].to(routed.router.hidden.device).unbind(1)
-        h = layer.norm(unit, x)
-        execute = routed.execute(h, threshold)
+        x, dense = before[rows].to(device).unbind(1)
+        seen = layer.norm(unit, x)
+        decided = routed.execute(seen, threshold)
         strict = unit == "attention" and options.kv_cache == "strict"
-        y = layer.contribution(unit, x, execute if strict else None)
-        require_finite(y, index, unit, rows)
+        output = layer.contribution(unit, x, decided if strict else None)
+        require_finite(output, index, unit, rows)
         dense = dense + layer.contribution(unit, dense)
         target[rows] = torch.stack([x, dense], 1).cpu()
         # From where the routed stream would be after the unit, if it executed, to where the dense one is.
-        drift = merge(execute, torch.zeros_like(x), dense - x - y)
-        seen.append(tuple(part.flatten(0, 1) for part in (h, y, drift, execute)))
-    h, y, drift, execute = (torch.cat(parts) for parts in zip(*seen, strict=True))
-    limit = FURTHEST * sample.mean(y.square().sum(1)).sqrt()
-    return h, y, y + drift * (limit / drift.norm(dim=1, keepdim=True).clamp(min=1e-30)).clamp(max=1.0), execute
+        drift = merge(decided, torch.zeros_like(x), dense - x - output)
+        flat = slice(rows.start * sequence, rows.stop * sequence)
+        for whole, part in zip((h, y, goal, execute), (seen, output, drift, decided), strict=True):
+            whole[flat] = part.flatten(0, 1)
+    limit = FURTHEST * sample.mean(y, lambda part: part.square().sum(1)).sqrt()
+    goal *= (limit / goal.norm(dim=1, keepdim=True).clamp(min=1e-30)).clamp(max=1.0)
+    goal += y
+    return h, y, goal, execute

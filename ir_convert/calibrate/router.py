@@ -35,7 +35,7 @@ def fit_router(h: Tensor, cost: Tensor, width: int, share: float, seed: int, sam
     scale = sample.mean(cost).clamp(min=1e-30)
     cost = (cost / scale).clamp(min=FLOOR)
     mean = sample.mean(h)
-    spread = (sample.mean(h.square()) - mean.square()).clamp(min=1e-12).sqrt()
+    spread = (sample.mean(h, torch.square) - mean.square()).clamp(min=1e-12).sqrt()
     parameters = [
         torch.randn(width, hidden, generator=generator).to(h.device) / hidden**0.5,
         torch.zeros(width, device=h.device),

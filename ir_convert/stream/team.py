@@ -3,7 +3,7 @@
 import gc
 import os
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import UserError
 
+PART = 8192  # tokens that a mean takes at once: a copy of all in float64 would be the largest thing in memory
 SMALL = 1 << 20  # elements of a tensor that is not sent on its own
 # One process writes what the others wait for; launchers stop all where one fails, so nobody waits in vain.
 PATIENCE = timedelta(days=1)
@@ -140,6 +141,7 @@ class Sample:
         rows = torch.randint(self.tokens, (count,), generator=generator)
         return self.team.local(rows, self.block).to(self.device)
 
-    def mean(self, values: Tensor) -> Tensor:
-        """Returns the mean over all processes' tokens of ``values[tokens, ...]``, fp32."""
-        return self.team.sum([values.double().sum(0)])[0].div(self.tokens).float()
+    def mean(self, values: Tensor, of: Callable[[Tensor], Tensor] = torch.clone) -> Tensor:
+        """Returns the mean over all processes' tokens of ``of(values[tokens, ...])``, fp32, computed a part at a time."""
+        total = torch.stack([of(part).double().sum(0) for part in values.split(PART)]).sum(0)
+        return self.team.sum([total])[0].div(self.tokens).float()
