@@ -29,6 +29,14 @@ from ir_convert.progress import Silent
 from ir_convert.stream import Team, Work
 
 
+def _value(text: str) -> Any:
+    """Returns a Python literal, or else the text itself: ``recipe=paper``."""
+    try:
+        return literal_eval(text)
+    except ValueError:
+        return text
+
+
 def run(checkpoint: Checkpoint, args: argparse.Namespace, change: str) -> dict[str, Any]:
     """Fits with one change, and measures it at exactly the asked sparsity."""
     options: dict[str, Any] = {"sparsity": args.sparsity, "seed": args.seed}
@@ -36,7 +44,7 @@ def run(checkpoint: Checkpoint, args: argparse.Namespace, change: str) -> dict[s
     for assignment in filter(None, change.split(";")):
         name, value = assignment.split("=", 1)
         if "." not in name:
-            options[name] = value if value.isidentifier() else literal_eval(value)
+            options[name] = _value(value)
             continue
         module_name, constant = name.rsplit(".", 1)
         module = importlib.import_module(f"ir_convert.calibrate.{module_name}")

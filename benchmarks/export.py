@@ -27,41 +27,17 @@ import torch
 from from_source import ROOT
 from quality_setting import command_line, save
 from scale import SHAPES, parameters, resident, write_model
+from speed_models import random_routing
 
-from ir_convert.calibrate.options import default_rank, default_router_width
 from ir_convert.checkpoint import Checkpoint
 from ir_convert.export.onnx import write
 from ir_convert.export.onnx.int4 import Int4
-from ir_convert.families import UNITS
-from ir_convert.routing import Curve, Routing
-from ir_convert.units import Forecaster, RoutedUnit, Router
 
 EXPORTS: dict[str, tuple[torch.dtype, Int4 | None]] = {
     "float32": (torch.float32, None),
     "float16": (torch.float16, None),
     "int4": (torch.float32, Int4()),
 }
-
-
-def random_routing(checkpoint: Checkpoint) -> Routing:
-    """Returns forecasters and routers of the default sizes."""
-    hidden = checkpoint.config.hidden_size
-    rank, width = default_rank(hidden), default_router_width(hidden)
-
-    def unit() -> RoutedUnit:
-        return RoutedUnit(
-            Forecaster(torch.randn(rank, hidden), torch.zeros(rank), torch.randn(hidden, rank), torch.zeros(hidden)),
-            Router(torch.randn(width, hidden), torch.zeros(width), torch.randn(1, width), torch.zeros(1)),
-        )
-
-    units = {(layer, name): unit() for layer in range(checkpoint.config.num_hidden_layers) for name in UNITS}
-    metadata = {
-        "sparsity": 0.3,
-        "kv_cache": "full",
-        "base_model": "random",
-        "weights_sha256": checkpoint.weights_sha256,
-    }
-    return Routing(units, Curve([0.1, 0.5], [-1.0, 1.0]), metadata)
 
 
 def forget_cache() -> bool:
@@ -97,7 +73,7 @@ def write_plain(file: Path, size: int) -> float:
 
 def export(model: Path, out: Path, kind: str) -> dict[str, Any]:
     checkpoint = Checkpoint.open(str(model))
-    routing, (dtype, int4) = random_routing(checkpoint), EXPORTS[kind]
+    routing, (dtype, int4) = random_routing(checkpoint.config), EXPORTS[kind]
     before, peak, done = resident(os.getpid())[0], [0], threading.Event()
 
     def watch() -> None:

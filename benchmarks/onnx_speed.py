@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from quality_setting import command_line, processor, save
-from speed_measure import SPARSITIES, compare, plan, versions
+from speed_measure import DENSE_NATIVE, SPARSITIES, compare, plan, versions
 from speed_models import SHAPES, build_genai, export, model_facts, random_routing, without_routing, write_checkpoint
 from speed_profile import print_profile
 from speed_session import CLOCKS, Point, Probe, open_session
@@ -81,6 +81,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--native", action="store_true", help="time the native kernels too (python -m ir_convert.export.onnx.ops build)"
     )
+    parser.add_argument(
+        "--native-dense",
+        action="store_true",
+        help="with --native: and our dense export with them, for what routing itself gains",
+    )
     parser.add_argument("--work", type=Path, help="folder for the models, kept; a temporary one by default")
     parser.add_argument("--json", type=Path, help="where results go, e.g. benchmarks/results/onnx-speed-NAME.json")
     parser.add_argument("--profile", action="store_true", help="also print which operators take the time")
@@ -125,6 +130,8 @@ def measure_model(
             sessions = {"routed": open_session(routed, "cpu", threads)}
             if args.library:
                 sessions["native"] = open_session(routed, "cpu", threads, library=args.library)
+                if args.native_dense:
+                    sessions[DENSE_NATIVE] = open_session(dense["own"], "cpu", threads, library=args.library)
             sessions |= {which: open_session(path, "cpu", threads) for which, path in dense.items()}
             records = []
             for record in compare(sessions, checkpoint.config, plans, args.rounds, cache=args.cache, clock=args.clock):

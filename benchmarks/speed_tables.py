@@ -4,13 +4,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from speed_measure import target
+from speed_measure import DENSE_NATIVE, target
 from speed_session import Point
 
 HEADER = ("saved, asked", "achieved", "dense ms", "routed ms", "ratio", "quartiles", "ideal", "ratio/ideal", "target")
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "int4": "int4"}
 NATIVE = ("native ms", "native/functions", "quartiles", "ratio", "ratio/ideal", "target")
-DENSE = {"own": "our dense export", "own_graph": "it in CUDA graphs", "genai": "onnxruntime-genai's builder"}
+OF_ITS_DENSE = "native/its dense"  # by the same kernels
+DENSE = {
+    "own": "our dense export",
+    DENSE_NATIVE: "it with native kernels",
+    "own_graph": "it in CUDA graphs",
+    "genai": "onnxruntime-genai's builder",
+}
 
 
 def print_all(result: Mapping[str, Any]) -> None:
@@ -46,6 +52,7 @@ def print_point(where: Point, rows: list[Mapping[str, Any]]) -> None:
     times = ", ".join(f"{DENSE[name]} {ms:.2f} ms" for name, ms in rows[0]["dense_ms"].items())
     print(f"\n**{where}** (cache {rows[0]['cache']}; {times})\n")
     header = (*HEADER, *NATIVE) if "native_ms" in rows[0] else HEADER
+    header += (OF_ITS_DENSE,) * ("native_to_native_dense" in rows[0])
     print_table([header, *(_cells(row) for row in rows)])
 
 
@@ -116,6 +123,7 @@ def _native_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         f"{ratio:.3f}",
         f"{ratio / row['ideal']:.3f}",
         _verdict(row, ratio),
+        *(f"{row[name]:.3f}" for name in ("native_to_native_dense",) if name in row),
     )
 
 

@@ -118,9 +118,12 @@ def test_native_kernels_beside_functions(capsys):
     from speed_tables import print_point
 
     times = {"routed 0.4": [0.002, 0.002, 0.004], "native 0.4": [0.001, 0.002, 0.001], "own": [0.004, 0.004, 0.004]}
-    assert _native(times, "0.3", "own") == {}
-    native = _native(times, "0.4", "own")
+    saved = {"routed 0.4": 0.4, "native 0.4": 0.39}
+    assert _native(times, saved, "0.3", "own") == {}
+    native = _native(times, saved, "0.4", "own")
+    assert _native(times | {"own_native": [0.002] * 3}, saved, "0.4", "own") == native | {"native_to_native_dense": 0.5}
     assert native == {
+        "native_achieved": 0.39,
         "native_ms": 1.0,
         "native_ratio": 0.25,
         "native_to_functions": 0.5,

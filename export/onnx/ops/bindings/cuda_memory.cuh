@@ -34,9 +34,9 @@ class StreamScratch : public cuda::Scratch {
   }
 
  private:
-  // The pool of the current device, which keeps what it got, up to a size: asking the driver takes long.
+  // The pool of the current device. It keeps all that it got: it would give back what is over a limit whenever the host waits,
+  // which it does for every count of tokens, and asking the driver anew takes long.
   static cudaMemPool_t pool() {
-    constexpr uint64_t kKept = uint64_t{1} << 30;
     static std::mutex mutex;
     static std::map<int, cudaMemPool_t> pools;
     int device = 0;
@@ -48,7 +48,7 @@ class StreamScratch : public cuda::Scratch {
       properties.allocType = cudaMemAllocationTypePinned;
       properties.location = {cudaMemLocationTypeDevice, device};
       cuda::check(cudaMemPoolCreate(&pool, &properties), "making a memory pool");
-      uint64_t kept = kKept;
+      uint64_t kept = UINT64_MAX;
       cuda::check(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &kept), "making a memory pool");
     }
     return pool;

@@ -25,10 +25,11 @@ captures = pytest.mark.skipif(EMULATED, reason="the stand-in for CUDA captures n
 
 @pytest.fixture(scope="module", autouse=True)
 def gpu(library):
+    leave = pytest.fail if EMULATED else pytest.skip
     if not (EMULATED or torch.cuda.is_available()) or CUDA not in ort.get_available_providers():
-        pytest.skip("needs an NVIDIA GPU, and onnxruntime-gpu")
+        leave("needs an NVIDIA GPU, and onnxruntime-gpu")
     if not any(provider == CUDA for provider, *_ in supported(library)):
-        pytest.skip("the library was built without CUDA kernels")
+        leave("the library was built without CUDA kernels")
     if hasattr(ort, "preload_dlls") and not EMULATED:
         ort.preload_dlls()  # CUDA and cuDNN as torch brought them
 

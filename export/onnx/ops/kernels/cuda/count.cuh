@@ -21,6 +21,11 @@ class Count {
     asked_ = true;
   }
 
+  Count(const Count&) = delete;
+  ~Count() {
+    if (asked_) cudaEventSynchronize(arrived_.get());  // or the copy could arrive after another Count's
+  }
+
   int wait() const {
     if (!asked_) return all_;
     check(cudaEventSynchronize(arrived_.get()), kWhat);

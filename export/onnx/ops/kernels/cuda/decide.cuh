@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kFirstThreads) first_layers(Decide<T> d, int r
   constexpr int kShares = kFirstThreads / kColumns;
   auto* shared = shared_memory<float>();  // [shares, 16, columns]
   const int share = threadIdx.x / kColumns, lane = threadIdx.x % kColumns, columns = rank + d.hidden;
-  const int column = blockIdx.x * kColumns + lane, token = blockIdx.z * kFew, count = min(kFew, d.tokens - token);
+  const int column = blockIdx.z * kColumns + lane, token = blockIdx.x * kFew, count = min(kFew, d.tokens - token);
   const int end = min(d.width, static_cast<int>(blockIdx.y + 1) * slice);
   float sums[kFew] = {};
   for (int from = blockIdx.y * slice + 8 * share; from < end; from += 8 * kShares) {
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kFirstThreads) first_layers(Decide<T> d, int r
   for (int r = 0; r < kFew; ++r) shared[(share * kFew + r) * kColumns + lane] = sums[r];
   __syncthreads();
   for (int i = threadIdx.x; i < count * kColumns; i += kFirstThreads) {
-    const int r = i / kColumns, c = i % kColumns, at = blockIdx.x * kColumns + c;
+    const int r = i / kColumns, c = i % kColumns, at = blockIdx.z * kColumns + c;
     if (at >= columns) continue;
     float sum = 0;
     for (int s = 0; s < kShares; ++s) sum += shared[(s * kFew + r) * kColumns + c];
@@ -121,7 +121,7 @@ Parts multiply_first(const Device& device, const Decide<T>& d, int rank) {
   const auto kernel = wide == 32   ? whole ? first_layers<T, 32, true> : first_layers<T, 32, false>
                       : wide == 16 ? whole ? first_layers<T, 16, true> : first_layers<T, 16, false>
                                    : whole ? first_layers<T, 8, true> : first_layers<T, 8, false>;
-  launch(device, "first layers", kernel, dim3(tiles, slices, groups), kFirstThreads, kFirstThreads * kFew * sizeof(float), d, rank,
+  launch(device, "first layers", kernel, dim3(groups, slices, tiles), kFirstThreads, kFirstThreads * kFew * sizeof(float), d, rank,
          slice, parts);
   return {parts, slices, d.tokens, columns, 0};
 }

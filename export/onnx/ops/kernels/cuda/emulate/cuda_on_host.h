@@ -48,6 +48,7 @@ inline dim3 thread_index() {
 
 template <typename Body>
 void launch(dim3 grid, dim3 size, size_t bytes, Body&& body) {
+  if (grid.y > 65535 || grid.z > 65535) Block::fail("y and z of a grid are at most 65535");
   grid_size = grid, block_size = size;
   const unsigned blocks = grid.x * grid.y * grid.z;
   for (unsigned i = 0; i < blocks; ++i) {

@@ -40,6 +40,11 @@ class Block {
   Order order = Order::kForward;
   Fiber* current = nullptr;
 
+  [[noreturn]] static void fail(const char* reason) {
+    std::fprintf(stderr, "emulated CUDA: %s\n", reason);
+    std::abort();
+  }
+
   // Runs the body in every thread.
   void run(unsigned threads, const std::function<void()>& body) {
     body_ = &body;
@@ -81,11 +86,6 @@ class Block {
     void* lanes[32] = {};
     std::vector<Fiber*> waiting;
   };
-
-  [[noreturn]] static void fail(const char* reason) {
-    std::fprintf(stderr, "emulated CUDA: %s\n", reason);
-    std::abort();
-  }
 
   Fiber* take() {
     if (order == Order::kRandom) std::swap(ready_.back(), ready_[random_() % ready_.size()]);
