@@ -153,16 +153,23 @@ def _pieces(
 ) -> Generator[str, None, None]:
     """Decodes a stream of tokens as what follows a prompt; a character that spans tokens waits until it is whole."""
 
-    def decode() -> str:
-        return str(tokenizer.decode(seen, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    def decode(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    seen = list(prompt)[-CONTEXT:]  # decoded alone, a first token may lose its space
-    shown = decode()
+    def last(ids: list[int]) -> list[int]:
+        """The last few, or as many more as it takes that no character is cut in two where they begin."""
+        count = CONTEXT
+        while count < len(ids) and "\ufffd" in decode(ids[-count:]):
+            count *= 2
+        return ids[-count:]
+
+    seen = last(list(prompt))  # decoded alone, a first token may lose its space
+    shown = decode(seen)
     for token in ids:
         seen.append(token)
-        text = decode()
+        text = decode(seen)
         if not text.endswith("\ufffd"):
             yield text[len(shown) :]
-            seen = seen[-CONTEXT:]  # or each token would take longer than the one before
-            shown = decode()
-    yield decode()[len(shown) :]
+            seen = last(seen)  # or each token would take longer than the one before
+            shown = decode(seen)
+    yield decode(seen)[len(shown) :]

@@ -1,5 +1,7 @@
 """Text that continues a prompt, piece by piece."""
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,14 +14,21 @@ from transformers import PreTrainedTokenizerFast
 from ir_convert.generate import _pieces
 
 TEXT = "Hello there, he's not here. Don't you see: x = foo(bar) ? naïve café 日本語 \n" * 3
+RARE = "ሰላምታለዓለም 🙂‍🙂‍🙂 ok "  # bytes, where a tokenizer does not know the characters
 
 
 def spaces_in_front() -> Tokenizer:
     """As Llama 2's: words begin with their space, and a text loses its first when it is decoded."""
     inner = Tokenizer(BPE(byte_fallback=True, unk_token="<unk>"))
     inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    inner.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     inner.train_from_iterator([TEXT], BpeTrainer(vocab_size=200, special_tokens=["<unk>"], show_progress=False))
+    learnt = json.loads(inner.to_str())["model"]
+    vocabulary = learnt["vocab"] | {f"<0x{byte:02X}>": len(learnt["vocab"]) + byte for byte in range(256)}
+    merges = [tuple(merge) for merge in learnt["merges"]]
+    inner.model = BPE(vocabulary, merges, byte_fallback=True, unk_token="<unk>")
     return inner
 
 
@@ -42,7 +51,8 @@ TOKENIZERS = {
 def test_prompt_and_pieces_are_the_text(kind, data):
     """Wherever the prompt ends between tokens; also within a character."""
     tokenizer = TOKENIZERS[kind]
-    ids = tokenizer(TEXT[: data.draw(st.integers(20, len(TEXT)))], add_special_tokens=False)["input_ids"]
+    text = data.draw(st.sampled_from(["", "a"])) + data.draw(st.sampled_from([TEXT, RARE * 2 + TEXT, TEXT + RARE * 2]))
+    ids = tokenizer(text[: data.draw(st.integers(20, len(text)))], add_special_tokens=False)["input_ids"]
     cut = data.draw(st.integers(1, len(ids)))
 
     def decode(ids: list[int]) -> str:

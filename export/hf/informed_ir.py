@@ -20,8 +20,8 @@ POST_NORMS = {"attention": "post_attention_layernorm", "mlp": "post_feedforward_
 class RoutingStatistics:
     """What every routed unit did with real tokens while observed.
 
-    Padding is what a 2-D attention mask says it is. (Texts that have ended are none to transformers' ``generate``, whose mask goes
-    on for them.)
+    Padding is what a 2-D attention mask says it is: not with a static cache, for which transformers' ``generate`` makes another
+    mask, nor what it feeds to texts that have ended.
 
     Attributes:
         counts: by (layer, ``attention`` or ``mlp``).
@@ -83,14 +83,11 @@ class InformedRouting:
     def __init__(self, config: Any) -> None:
         require_no_scores_of_experts(getattr(config, "output_router_logits", False))
         super().__init__(config)  # type: ignore[call-arg]
-        self._padding = Padding()
-        self.model.register_forward_pre_hook(self._look, with_kwargs=True)
         for index, layer in enumerate(self.model.layers):
             for module, unit in UNITS.items():
                 if config.routing_shape(index, unit):
                     routed = (self.attention if unit == "attention" else self.mlp)(config, index)
                     setattr(layer, module, routed)
-                    routed.padding = self._padding
                     if self.post_norm is not None:
                         norm = self.post_norm(config.hidden_size, eps=config.rms_norm_eps)
                         setattr(layer, POST_NORMS[unit], norm)
@@ -99,9 +96,6 @@ class InformedRouting:
         self._keep_in_fp32_modules_strict: Any = {"score"}
         self._keep_in_fp32_modules: Any = {"score"}  # whoever quantizes leaves out these
         self.post_init()
-
-    def _look(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._padding.look(args, kwargs)
 
     def set_sparsity(self, sparsity: float) -> None:
         """Saves this share of the FLOPs from now on; 0 is the dense model. Kept by ``save_pretrained``.
@@ -120,12 +114,16 @@ class InformedRouting:
             for module, unit in UNITS.items()
             if isinstance(getattr(layer, module), RoutedUnit)
         }
-        statistics = RoutingStatistics({key: Count() for key in units}, units, self.model.layers, self.config)
+        padding = Padding()
+        counts = {key: Count(padding=padding) for key in units}
+        statistics = RoutingStatistics(counts, units, self.model.layers, self.config)
+        hook = self.model.register_forward_pre_hook(padding.look, with_kwargs=True)
         for key, unit in units.items():
             unit.counts.append(statistics.counts[key])
         try:
             yield statistics
         finally:
+            hook.remove()
             for key, unit in units.items():
                 unit.counts = [count for count in unit.counts if count is not statistics.counts[key]]
 

@@ -1,7 +1,7 @@
 """The routed units: forecaster, router, and the MLP. This file travels with the checkpoint, see modeling_ir.py."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -42,37 +42,44 @@ class Router(nn.Module):
 
 
 @dataclass
-class Count:
-    """What one unit did with real tokens: seen, executed, and those that a router was run for (none in a dense model)."""
-
-    tokens: int = 0
-    executed: int = 0
-    routed: int = 0
-
-
-@dataclass
 class Padding:
-    """Which tokens of the call that is under way, or was the last, are real: ``[batch, sequence]``; None where all are.
+    """Which tokens of a call are real: ``[batch, sequence]``; None where all are, or nothing tells.
 
-    One for all units of a model. It stays after a call: what gradient checkpointing computes again needs it as well.
+    It is for counting alone: what is computed must not depend on what the last call happened to be.
     """
 
     real: Tensor | None = None
 
-    def look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Takes it from the decoder's arguments: from a 2-D mask of exactly the tokens that are cached and those that are new."""
+    def look(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A hook before a decoder's forward: takes it from a 2-D mask of exactly the tokens that are cached and those that are new."""
         named = dict(zip(("input_ids", "attention_mask"), args, strict=False)) | kwargs
         new, mask, cache = named.get("input_ids"), named.get("attention_mask"), named.get("past_key_values")
         new = named.get("inputs_embeds") if new is None else new
         self.real = None
         if new is not None and isinstance(mask, Tensor) and mask.ndim == 2:
             cached = 0 if cache is None else int(cache.get_seq_length())
-            if mask.shape == (new.shape[0], cached + new.shape[1]) and not mask.all():
+            if mask.shape == (new.shape[0], cached + new.shape[1]):
                 self.real = mask[:, cached:].bool()
 
-    def real_of(self, h: Tensor) -> Tensor | None:
-        """Returns which tokens of ``h[batch, sequence, hidden]`` are real, on its device; None where all are."""
-        return self.real.to(h.device) if self.real is not None and self.real.shape == h.shape[:2] else None
+
+@dataclass
+class Count:
+    """What one unit did with real tokens: seen, executed, and those that a router was run for (none in a dense model)."""
+
+    tokens: int = 0
+    executed: int = 0
+    routed: int = 0
+    padding: Padding = field(default_factory=Padding, repr=False)
+
+    def add(self, h: Tensor, execute: Tensor | None) -> None:
+        """Counts a call on ``h[batch, sequence, hidden]``; execute is None in a dense model, else bool ``[batch, sequence]``."""
+        real = self.padding.real
+        if real is None or real.shape != h.shape[:2]:
+            real = torch.ones(h.shape[:2], dtype=torch.bool)
+        tokens = int(real.sum())
+        self.tokens += tokens
+        self.executed += tokens if execute is None else int((execute & real.to(execute.device)).sum())
+        self.routed += 0 if execute is None else tokens
 
 
 class PostNorm(nn.Module):
@@ -90,14 +97,13 @@ class RoutedUnit(nn.Module):
 
     skipped: tuple[str, ...]  # those that an approximated token saves
     counts: list[Count]  # one for everyone who observes, see ``routing_statistics``
-    padding: Padding
     config: Any
     normed = True  # whether the layer has a norm before the unit
     post_norm: PostNorm | None = None
     multiplier = 1.0  # by which the layer multiplies what comes from here
 
     def add_routing(self, config: Any, layer: int, unit: str) -> None:
-        self.counts, self.padding = [], Padding()
+        self.counts = []
         rank, width = config.routing_shape(layer, unit)
         self.forecaster = Forecaster(config.hidden_size, rank)
         self.router = Router(config.hidden_size, width)
@@ -124,24 +130,15 @@ class RoutedUnit(nn.Module):
         return forecast if self.multiplier == 1 else forecast / self.multiplier
 
     def executed(self, h: Tensor) -> Where | None:
-        """Decides for ``h[batch, sequence, hidden]``: returns the tokens to execute; None where that is all of them.
-
-        Padding executes in a dense model alone.
-        """
-        threshold, real = float(self.config.routing_threshold), self.padding.real_of(h)
-        dense, every = threshold == -math.inf, h.shape[0] * h.shape[1]
-        where = None
-        if not dense:
-            execute = self.router(h) > threshold
-            where = (execute if real is None else execute & real).nonzero(as_tuple=True)
-        if self.counts:
-            tokens = every if real is None else int(real.sum())
-            executed = tokens if where is None else len(where[0])
-            for count in self.counts:
-                count.tokens += tokens
-                count.executed += executed
-                count.routed += 0 if dense else tokens
-        return None if where is None or len(where[0]) == every else where
+        """Decides for ``h[batch, sequence, hidden]``: returns the tokens to execute; None where that is all of them."""
+        threshold = float(self.config.routing_threshold)
+        execute = None if threshold == -math.inf else self.router(h) > threshold
+        for count in self.counts:
+            count.add(h, execute)
+        if execute is None:
+            return None
+        where = execute.nonzero(as_tuple=True)
+        return None if len(where[0]) == execute.numel() else where
 
     @property
     def saved(self) -> int:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from .pieces import Pieces, Reader
 
 SECTION_BLOCKS = 4
-MOST_SECTIONS = 64  # of all sources together: each may hold a file open
+MOST_SECTIONS = 64  # of all sources together, or one for each: a section may hold a file open
 # Most tokenizers give 3 to 5 characters a token; 8 leaves room, and where it does not reach more is read.
 CHARACTERS_PER_TOKEN = 8
 

@@ -37,6 +37,8 @@ def build(out: Path | None = None, cuda: str = "auto", sanitize: bool = False) -
             "a library with sanitizers ends every process that did not start with them: give it a place (--out)"
         )
     out = location() if out is None else expanded(out)
+    if out is None:
+        raise UserError("this user has no home folder, in which loads would look: give the library a place (--out)")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         # What is built is copied beside its place first, so that it appears there at once, also from another file system.

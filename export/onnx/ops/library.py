@@ -19,15 +19,16 @@ BUILD = "python -m ir_convert.export.onnx.ops build"
 LEVEL = "IR_CONVERT_OPS_LEVEL"  # names the best level of the instruction set that kernels may be for
 
 
-def location() -> Path:
-    """Returns where ``build`` puts the library of these very sources: a folder of the user's own, which may not exist."""
+def location() -> Path | None:
+    """Returns where ``build`` puts the library of these very sources: a folder of the user's own, which may not exist.
+
+    None for a user without a home.
+    """
     digest = hashlib.sha256(f"{ir_convert.__version__} {platform.system()} {platform.machine()}".encode())
     for source in sorted(path for path in SOURCES.rglob("*") if path.suffix in SUFFIXES):
         digest.update(source.relative_to(SOURCES).as_posix().encode() + b"\0" + source.read_bytes() + b"\0")
-    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser(
-        "~/.cache"
-    )  # Path's raises for users without a home
-    return Path(caches) / "ir-convert" / "ops" / digest.hexdigest()[:16] / NAME
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return None if caches.startswith("~") else Path(caches) / "ir-convert" / "ops" / digest.hexdigest()[:16] / NAME
 
 
 def find() -> Path | None:
@@ -41,7 +42,9 @@ def find() -> Path | None:
             raise UserError(f"{VARIABLE} names '{named}', where there is no file that can be read")
         return Path(named) if named else None
     built = location()
-    return built if os.path.isfile(built) else None  # Path's raises where the folder is closed to this process
+    return (
+        built if built and os.path.isfile(built) else None
+    )  # Path's raises where the folder is closed to this process
 
 
 @cache

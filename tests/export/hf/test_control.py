@@ -1,6 +1,8 @@
 """The sparsity is held where it was asked for, on text that the calibration did not foresee."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -147,6 +149,42 @@ def test_padding_in_a_cache(model, chunked):
     with model.routing_statistics() as seen:
         model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False, eos_token_id=None, **options)
     assert seen.tokens == 7 + 12 + 2 * 3
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_of_two_padded_calls(model, reentrant):
+    """As in a loss of chosen and rejected texts: both are computed again when both have run."""
+    ids, gradients = tokens(2, 40), []
+    masks = [torch.ones_like(ids), torch.ones_like(ids)]
+    masks[0][0, :11] = masks[1][1, :23] = 0
+    for checkpointing in (False, True):
+        model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        try:
+            with model.routing_statistics():
+                sum(model(ids, attention_mask=mask, labels=ids).loss for mask in masks).backward()
+            gradients.append(model.model.layers[0].mlp.forecaster.up.weight.grad.clone())
+        finally:
+            model.gradient_checkpointing_disable()
+            model.eval().zero_grad()
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_model_that_nobody_holds_is_gone(tmp_path):
+    save_random("llama", tmp_path / "base")
+    checkpoint = Checkpoint.open(str(tmp_path / "base"))
+    write(checkpoint, random_routing(checkpoint), tmp_path)
+    gc.disable()
+    try:
+        model = load(tmp_path)
+        with model.hold_sparsity(0.2), torch.no_grad():
+            model(tokens(1, 5))
+        there = weakref.ref(model)
+        del model
+        assert there() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

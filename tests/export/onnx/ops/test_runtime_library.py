@@ -186,7 +186,11 @@ def test_a_cache_folder_that_is_closed(tmp_path):
     closed.mkdir(mode=0o700)
     code = "import os; from ir_convert.export.onnx.ops import find; os.setuid(65534); print(find())"
     environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
-    for place in ({"XDG_CACHE_HOME": str(closed)}, {"XDG_CACHE_HOME": "", "HOME": str(closed)}):
+    for place in (
+        {"XDG_CACHE_HOME": str(closed)},
+        {"XDG_CACHE_HOME": "", "HOME": str(closed)},
+        {"XDG_CACHE_HOME": "", "HOME": "~"},
+    ):
         done = subprocess.run([sys.executable, "-c", code], env=environment | place, capture_output=True, text=True)
         assert done.stdout == "None\n", done.stderr
 
