@@ -5,7 +5,6 @@ Nothing here runs code that came with a model, and nothing loads a whole model.
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -14,18 +13,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from . import experts, rope
+from . import experts, rope, wrapper
 from .errors import UserError, one_line
 from .families import UNITS, Family, family_of, projection_sizes
-from .files import TOKENIZER_FILES, expanded, require_readable
+from .files import TOKENIZER_FILES, expanded
 from .integrity import ROTARY, require_whole
+from .model_folder import ADAPTER, download, shards_of, why_no_config
 from .supported import require_supported
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-ADAPTER = "adapter_config.json"
 COPIED = ("generation_config.json", *TOKENIZER_FILES)  # from the base model to what is written
 
 # Low-rank changes by weight name: A ``[rank, in]`` and B ``[out, rank]``; the changed weight is W + B A.
@@ -57,6 +55,7 @@ class Checkpoint:
         shards: tensor name -> file name.
         lora: low-rank changes that reading folds into the weights; see ``Routing.lora``.
         rounding: what then quantises the units' projections, and gives them back as they are after it; None for none.
+        inside: what a multimodal checkpoint, of which this is the language model, calls the tensors; none in one of text alone.
     """
 
     name: str
@@ -65,20 +64,23 @@ class Checkpoint:
     shards: dict[str, str] = field(repr=False)
     lora: Lora = field(default_factory=dict, repr=False)
     rounding: Rounding | None = field(default=None, repr=False)
+    inside: dict[str, str] = field(default_factory=dict, repr=False)
 
     @classmethod
     def open(cls, model: str) -> "Checkpoint":
-        """Opens a local folder or a Hub id (downloaded to the Hub's cache).
+        """Opens a local folder or a Hub id (downloaded to the Hub's cache); of a multimodal model, its language model.
 
         Raises:
             UserError: not found, no safetensors weights, not supported, damaged or missing shards.
         """
         path = expanded(Path(model))
-        path = path if path.is_dir() else _download(model)
+        path = path if path.is_dir() else download(model)
         try:
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         except Exception as error:  # what transformers and its validators raise shares no base class
-            raise UserError(_why_no_config(path, error)) from error
+            raise UserError(why_no_config(path, error)) from error
+        text = wrapper.language_model(config)
+        config = text or config
         rope.read_as_version_5(config)
         experts.read_as_version_5(config)
         require_supported(config)
@@ -86,10 +88,14 @@ class Checkpoint:
             raise UserError(
                 f"{path} holds an adapter beside its model: merge them, or move {ADAPTER} away to do without it"
             )
-        shards = shards_of(path)
-        require_whole(path, config, shards)
+        shards, inside = shards_of(path), {}
+        if text is not None:
+            inside = {own: name for name in shards if (own := wrapper.own_name(name))}
+            shards = {own: shards[name] for own, name in inside.items()}
+        require_whole(path, config, shards, wrapper.own_name if inside else None)
         # Old checkpoints store the frequencies of rotary embeddings; models compute them.
-        checkpoint = cls(model, path, config, {name: shard for name, shard in shards.items() if ROTARY not in name})
+        shards = {name: shard for name, shard in shards.items() if ROTARY not in name}
+        checkpoint = cls(model, path, config, shards, inside=inside)
         if checkpoint._has_two_heads():
             config.tie_word_embeddings = False
         return checkpoint
@@ -134,9 +140,16 @@ class Checkpoint:
         return text if len(text) else every
 
     @property
+    def written_config(self) -> dict[str, Any]:
+        """The configuration as its author wrote it; of a language model in a multimodal one, as transformers writes it."""
+        if self.inside:
+            return json.loads(self.config.to_json_string(use_diff=False))
+        return json.loads((self.path / "config.json").read_text("utf-8"))
+
+    @property
     def tied(self) -> bool:
         """Whether embedding and head are one tensor."""
-        return self.config.tie_word_embeddings or self.family.head not in self.shards
+        return self.config.tie_word_embeddings
 
     def _has_two_heads(self) -> bool:
         """Whether a head is stored that is not the embedding that it is said to be tied to: transformers 5 does not tie it then."""
@@ -153,7 +166,7 @@ class Checkpoint:
         if name not in self.shards:
             raise UserError(f"{self.name} has no tensor '{name}'")
         with safe_open(self.path / self.shards[name], "pt") as file:
-            tensor = file.get_tensor(name)
+            tensor = file.get_tensor(self.inside.get(name, name))
         if name in self.lora:
             a, b = self.lora[name]
             tensor = (tensor.float() + b @ a).to(tensor.dtype)
@@ -233,73 +246,3 @@ class Checkpoint:
     def stored_dtype(self) -> torch.dtype:
         """The precision of the weights as stored (of one projection, which stands for all)."""
         return self.read(f"{self.family.layers}.0.{self.family.attention.module}.o_proj.weight").dtype
-
-
-def _download(model: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    if Path(model).is_file():
-        raise UserError(f"model '{model}' is a file: name the folder that it lies in")
-    if model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise UserError(
-            f"model folder '{model}' does not exist: name a local folder or a Hub id such as Qwen/Qwen3-0.6B"
-        )
-    try:
-        # Weights in safetensors, configuration and tokenizer; never Python files, never pickles.
-        return Path(
-            snapshot_download(
-                model,
-                allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"],
-                ignore_patterns=["consolidated*", "*/*"],  # the same weights once more, in other formats
-            )
-        )
-    except Exception as error:  # what the Hub, a proxy and the network make it raise shares no base class
-        raise UserError(
-            f"'{model}' is neither a local folder nor a model that can be fetched from the Hub: {one_line(error)}"
-        ) from error
-
-
-def shards_of(path: Path) -> dict[str, str]:
-    """Returns the files of a checkpoint folder's tensors by the tensors' names; UserError where one is missing or damaged."""
-    if (path / SINGLE).is_file():  # transformers, too, takes it where there are both
-        require_readable(path / SINGLE)
-        try:
-            with safe_open(path / SINGLE, "pt") as file:
-                return dict.fromkeys(file.keys(), SINGLE)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path / SINGLE} is damaged: {one_line(error)}; download it again") from error
-    if (path / INDEX).is_file():
-        try:
-            index = json.loads((path / INDEX).read_text("utf-8"))
-            shards = {name: os.fspath(file) for name, file in index["weight_map"].items()}  # names, or TypeError
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path / INDEX} is damaged: {one_line(error)}; download it again") from error
-        for shard in set(shards.values()):
-            if os.path.basename(shard) != shard or shard in ("", ".", ".."):
-                raise UserError(f"{path / INDEX} names a file outside its folder: '{shard}'")
-            require_readable(path / shard)
-            if not (path / shard).is_file():
-                raise UserError(f"{path} lacks the weight file '{shard}' that its index names; download it again")
-        return shards
-    raise UserError(
-        f"{path} has no '{SINGLE}' or '{INDEX}'; other weight formats are not read "
-        "(save_pretrained of a recent transformers writes safetensors)"
-    )
-
-
-def _why_no_config(path: Path, error: Exception) -> str:
-    config = path / "config.json"
-    if not config.is_file():
-        adapter = ", but an adapter: merge it into its base model" if (path / ADAPTER).is_file() else ""
-        return f"{path} has no config.json: not a Hugging Face model folder{adapter}"
-    try:
-        content = json.loads(config.read_text("utf-8"))
-    except ValueError:
-        return f"{config} is not valid JSON"
-    except OSError as failed:
-        return f"{config} cannot be read: {failed.strerror}"
-    if isinstance(content, dict) and "routing_threshold" in content:
-        return f"{path} was written by ir-convert: it is routed already; convert its base model"
-    if isinstance(content, dict) and "auto_map" in content:
-        return f"{path} needs code of its own (auto_map) to load; such models are not converted"
-    return f"{config} cannot be read: {one_line(error)}"

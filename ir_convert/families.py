@@ -168,8 +168,8 @@ def family_of(config: PretrainedConfig) -> Family:
         known = ", ".join(FAMILIES)
         if getattr(config, "text_config", None) is not None:
             raise UserError(
-                f"model family '{config.model_type}' is not a text model: save its language model alone, and convert "
-                f"that; known families: {known}"
+                f"model family '{config.model_type}' is not a text model, and its language model of family "
+                f"'{config.text_config.model_type}' is not known; known families: {known}"
             )
         raise UserError(
             f"model family '{config.model_type}' is not known; known families: {known} "

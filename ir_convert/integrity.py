@@ -1,5 +1,6 @@
 """Whether a checkpoint's weights are whole, and those that its configuration is of: seen at once, not hours into a calibration."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -7,29 +8,33 @@ from transformers import PretrainedConfig
 
 from . import experts
 from .errors import UserError, one_line
-from .families import experts_of, family_of, packed_rows, projection_sizes
+from .families import Family, experts_of, family_of, packed_rows, projection_sizes
 
 ROTARY = ".rotary_emb."  # in the names of tensors that are no weights
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
-def require_whole(path: Path, config: PretrainedConfig, shards: dict[str, str]) -> None:
+def require_whole(
+    path: Path, config: PretrainedConfig, shards: dict[str, str], own_name: Callable[[str], str | None] | None = None
+) -> None:
     """Opens every shard's header, and holds its tensors against the configuration.
 
     Args:
         path: the checkpoint's folder.
         config: its configuration.
         shards: tensor name -> file name.
+        own_name: tells a tensor's name from the one that it has in the files, None where it is of no interest.
 
     Raises:
-        UserError: a shard is damaged, or a tensor missing, of another shape, or of a layer too many.
+        UserError: a shard is damaged, or a tensor missing, of another shape, or of a layer too many; there is no language model.
     """
     shapes: dict[str, list[int]] = {}
     dtypes: dict[str, str] = {}
     for shard in sorted(set(shards.values())):
         try:
             with safe_open(path / shard, "pt") as file:
-                slices = {name: file.get_slice(name) for name in file.keys()}
+                names = {name: own_name(name) if own_name else name for name in file.keys()}
+                slices = {own: file.get_slice(name) for name, own in names.items() if own}
                 shapes |= {name: held.get_shape() for name, held in slices.items()}
                 dtypes |= {name: held.get_dtype() for name, held in slices.items()}
         except (OSError, SafetensorError) as error:
@@ -37,6 +42,7 @@ def require_whole(path: Path, config: PretrainedConfig, shards: dict[str, str]) 
     if absent := sorted(set(shards) - set(shapes)):
         raise UserError(f"{path} names tensors its files do not hold, first '{absent[0]}'; download it again")
     family = family_of(config)
+    _require_language_model(path, family, config, shapes)
     for name, shape in _shapes_by_config(config, shards).items():
         if shapes.get(name) != shape:
             raise UserError(f"{path}: tensor '{name}' is {shapes.get(name, 'absent')}; config.json says {shape}")
@@ -45,8 +51,23 @@ def require_whole(path: Path, config: PretrainedConfig, shards: dict[str, str]) 
     for name, dtype in dtypes.items():
         if name.startswith(used) and dtype not in FLOATS:
             raise UserError(f"{path}: tensor '{name}' is {dtype}, not floats: convert the model that it was made from")
-    if not {family.embedding, family.head} & set(shapes):
+
+
+def _require_language_model(path: Path, family: Family, config: PretrainedConfig, shapes: dict[str, list[int]]) -> None:
+    """Sees that there are an embedding and a head, one for the other where they are tied."""
+    if any(name.endswith((".qweight", ".qzeros")) for name in shapes):
+        raise UserError(f"{path} holds quantised weights (qweight): convert the model that they were made from")
+    if family.final_norm not in shapes and family.final_norm.removeprefix("model.") in shapes:
+        raise UserError(f"{path} holds a decoder without its head: save and convert the whole ...ForCausalLM model")
+    ends = {family.embedding, family.head} & set(shapes)
+    if not ends:
         raise UserError(f"{path} has neither '{family.embedding}' nor '{family.head}'")
+    if len(ends) == 1 and not config.tie_word_embeddings:
+        (absent,) = {family.embedding, family.head} - ends
+        raise UserError(
+            f"{path} has no '{absent}', and config.json does not tie embedding and head (tie_word_embeddings): it is not a whole "
+            f"language model ({', '.join(config.architectures or ['of unknown class'])})"
+        )
 
 
 def _require_layers(path: Path, config: PretrainedConfig, shapes: dict[str, list[int]]) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from .checkpoint import COPIED, INDEX, SINGLE, Checkpoint, shards_of
+from .checkpoint import COPIED, Checkpoint
 from .errors import UserError, reason
 from .files import expanded
+from .model_folder import INDEX, SINGLE, shards_of
 
 LONGEST = 200  # of a name: most file systems have 255 bytes, and what lies beside an output has its name and more
 FOREIGN = {

@@ -22,7 +22,14 @@ def require_supported(config: PretrainedConfig) -> Family:
         )
     if quantization := getattr(config, "quantization_config", None):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else type(quantization).__name__
-        raise UserError(f"weights quantised by '{method}' are not read: convert the model they were made from")
+        raise UserError(
+            f"weights quantised by {repr(method) if method else 'an unnamed method'} are not read: convert the model they were made from"
+        )
+    padding = getattr(config, "pad_token_id", None)
+    if padding is not None and padding >= config.vocab_size:
+        raise UserError(
+            f"pad_token_id is {padding}, the vocabulary has 0 to {config.vocab_size - 1}: set it to null in config.json"
+        )
     if getattr(config, "use_bidirectional_attention", False):
         raise UserError(
             "use_bidirectional_attention is true: this model encodes text and does not generate it; convert a causal one"

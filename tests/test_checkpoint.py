@@ -215,9 +215,54 @@ def remove_weights(folder):
         path.unlink()
 
 
+def no_head(folder):
+    edit(folder / "config.json", tie_word_embeddings=False, architectures=["LlamaForSequenceClassification"])
+
+
+def decoder_alone(folder):
+    rename(folder, lambda name: name.removeprefix("model."))
+
+
+def gptq_without_a_word(folder):
+    rename(folder, lambda name: name.replace("q_proj.weight", "q_proj.qweight"))
+
+
+def rename(folder, change):
+    tensors = {}
+    for path in folder.glob("*.safetensors"):
+        tensors |= {change(name): tensor for name, tensor in load_file(path).items()}
+        path.unlink()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def old_spelling_beside_code(folder):
+    rope = {"type": "su", "long_factor": [1.0], "short_factor": [1.0]}
+    edit(
+        folder / "config.json",
+        model_type="phi3",
+        rope_scaling=rope,
+        auto_map={"AutoConfig": "a.B"},
+        rope_parameters=rope,
+    )
+
+
+def padding_outside(folder):
+    edit(folder / "config.json", pad_token_id=131)
+
+
+def unnamed_method(folder):
+    edit(folder / "config.json", quantization_config={"bits": 4, "group_size": 64})
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (no_head, r"has no 'lm_head.weight', and config.json does not tie.*\(LlamaForSequenceClassification\)"),
+        (decoder_alone, "holds a decoder without its head: save and convert the whole"),
+        (gptq_without_a_word, "holds quantised weights"),
+        (old_spelling_beside_code, "of type 'su', which is called 'longrope' today"),
+        (padding_outside, "pad_token_id is 131, the vocabulary has 0 to 130: set it to null"),
+        (unnamed_method, "weights quantised by an unnamed method are not read"),
         (remove_config, "has no config.json"),
         (break_config, "is not valid JSON"),
         (make_unknown, "family 'gpt_neox' is not known; known families: llama, mistral, qwen2, qwen3"),

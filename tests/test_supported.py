@@ -4,7 +4,7 @@ import re
 
 import pytest
 from models import CONFIGS
-from transformers import Gemma3Config, Gemma3TextConfig, GPT2Config, LlamaConfig, Qwen3MoeConfig
+from transformers import Gemma3TextConfig, GPT2Config, Llama4Config, LlamaConfig, Qwen3MoeConfig
 
 from ir_convert.errors import UserError
 from ir_convert.export.onnx import check_model
@@ -24,7 +24,10 @@ ROPE = {"rope_type": "spiral", "rope_theta": 10000.0}
     ("config", "message"),
     [
         (GPT2Config(), "model family 'gpt2' is not known; known families: llama, .*qwen3_moe"),
-        (Gemma3Config(), "model family 'gemma3' is not a text model: save its language model alone"),
+        (
+            Llama4Config(),
+            "model family 'llama4' is not a text model, and its language model of family 'llama4_text' is not",
+        ),
         (changed(LlamaConfig(), hidden_act="relu2"), r"activation 'relu2' \(hidden_act\) in the MLP is not supported"),
         (
             changed(Gemma3TextConfig(), hidden_activation="gelu"),

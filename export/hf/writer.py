@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import save_file
 
 from ir_convert import __version__
-from ir_convert.checkpoint import INDEX, SINGLE, Checkpoint
+from ir_convert.checkpoint import Checkpoint
 from ir_convert.errors import UserError
 from ir_convert.families import UNITS
 from ir_convert.files import TOKENIZER_FILES, sync
+from ir_convert.model_folder import INDEX, SINGLE
 from ir_convert.rope import all_rope_parameters
 from ir_convert.routing import Routing
 from ir_convert.units import RoutedUnit
@@ -77,7 +78,7 @@ def write(
 
 def _config(checkpoint: Checkpoint, routing: Routing, dtype: torch.dtype) -> dict[str, Any]:
     """Returns the base's configuration as its author wrote it, the routing added."""
-    values = json.loads((checkpoint.path / "config.json").read_text("utf-8"))
+    values = checkpoint.written_config
     for name in ("_name_or_path", "torch_dtype", *ROPE):
         values.pop(name, None)
     model = MODELS[f"ir_{checkpoint.config.model_type}"]

@@ -1,5 +1,6 @@
 """Writes the routed decoder, its weights, and the files that ONNX Runtime users expect beside it."""
 
+import json
 import shutil
 from collections.abc import Callable
 from itertools import count
@@ -104,6 +105,8 @@ def write(
     )
     for file in checkpoint.files(("config.json", "generation_config.json", *TOKENIZER_FILES)):
         shutil.copyfile(file, folder / file.name)
+    if checkpoint.inside:  # runtimes are to see a model of text alone
+        (folder / "config.json").write_text(json.dumps(checkpoint.written_config, indent=2) + "\n", "utf-8")
     genai.write(checkpoint, folder, name)
     routing.save(folder / f"{Path(name).stem}.routing.safetensors")
     for path in [*folder.iterdir(), folder]:

@@ -1,0 +1,108 @@
+"""The language model in a multimodal checkpoint converts as one that is alone."""
+
+import numpy as np
+import pytest
+import torch
+from models import random_routing
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForImageTextToText, Gemma3Config, LlavaConfig, Mistral3Config
+
+from ir_convert.checkpoint import Checkpoint
+from ir_convert.decoder import Decoder
+from ir_convert.export import hf, onnx
+from ir_convert.runtime import OnnxModel
+
+TEXT = {
+    "vocab_size": 131,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "sliding_window": 7,
+}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+CONFIGS = {
+    "gemma3": lambda: Gemma3Config(
+        text_config=TEXT,
+        vision_config=VISION | {"vision_use_head": False},
+        mm_tokens_per_image=4,
+        eos_token_id=[1, 106],
+    ),
+    "mistral3": lambda: Mistral3Config(
+        vision_config=VISION | {"model_type": "pixtral", "head_dim": 16},
+        text_config=TEXT | {"model_type": "mistral"},
+        image_token_index=5,
+    ),
+    "llava": lambda: LlavaConfig(
+        vision_config=VISION | {"model_type": "clip_vision_model"},
+        text_config=TEXT | {"model_type": "llama"},
+        image_token_index=5,
+    ),
+}
+# As models have been published, and as transformers would call the tensors inside.
+SPELLINGS = {
+    "published": ("language_model.model.", "language_model.lm_head."),
+    "inside": ("model.language_model.", "lm_head."),
+}
+
+
+@pytest.fixture(params=[(kind, spelling) for kind in CONFIGS for spelling in SPELLINGS], ids="-".join)
+def wrapped(request, tmp_path):
+    """(multimodal model, its folder)"""
+    kind, spelling = request.param
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(CONFIGS[kind](), attn_implementation="eager").eval()
+    model.save_pretrained(tmp_path / "model")
+    path, (decoder, head) = tmp_path / "model" / "model.safetensors", SPELLINGS[spelling]
+    tensors = {}
+    for name, tensor in load_file(path).items():
+        for saved in (*SPELLINGS["published"], *SPELLINGS["inside"]):
+            if name.startswith(saved):
+                name = (head if "lm_head" in saved else decoder) + name.removeprefix(saved)
+                break
+        tensors[name] = tensor
+    assert any(name.startswith(decoder) for name in tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+    return model, tmp_path / "model"
+
+
+@torch.no_grad()
+def test_its_language_model_converts(wrapped, tmp_path):
+    model, folder = wrapped
+    checkpoint = Checkpoint.open(str(folder))
+    assert checkpoint.config.model_type == model.config.text_config.model_type
+    ends = getattr(model.config, "eos_token_id", None)
+    assert ends is None or checkpoint.config.eos_token_id == ends
+    routing = random_routing(checkpoint)
+    for part in ("hf", "onnx"):
+        (tmp_path / part).mkdir()
+    hf.write(checkpoint, routing, tmp_path / "hf")
+    onnx.write(checkpoint, routing, tmp_path / "onnx", "m.onnx")
+    assert AutoConfig.from_pretrained(tmp_path / "onnx").model_type == checkpoint.config.model_type
+
+    ids = torch.randint(6, 131, (2, 20), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :6] = 0
+    positions, real = (mask.cumsum(1) - 1).clamp(min=0), mask.bool()
+    inner = model.model.language_model
+    expected = model.lm_head(inner(input_ids=ids, attention_mask=mask, position_ids=positions).last_hidden_state)
+    exported = hf.load(tmp_path / "hf", dtype=torch.float32).eval()
+    exported.set_sparsity(0)
+    runtime = OnnxModel.load(tmp_path / "onnx", threads=1, sparsity=0.0)
+    for logits in (
+        exported(input_ids=ids, attention_mask=mask, position_ids=positions).logits,
+        torch.from_numpy(runtime.logits(ids.numpy(), mask.numpy())),
+    ):
+        torch.testing.assert_close(logits[real], expected[real], atol=1e-4, rtol=1e-4)
+    assert np.isfinite(runtime.logits(ids.numpy())).all()
+    assert Decoder(checkpoint, torch.device("cpu")).layer(2)
