@@ -5,8 +5,9 @@ Nothing here runs code that came with a model, and nothing loads a whole model.
 
 import hashlib
 import json
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -79,7 +80,7 @@ class Checkpoint:
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         except Exception as error:  # what transformers and its validators raise shares no base class
             raise UserError(why_no_config(path, error)) from error
-        text = wrapper.language_model(config)
+        kind, text = config.model_type, wrapper.language_model(config)
         config = text or config
         rope.read_as_version_5(config)
         experts.read_as_version_5(config)
@@ -91,6 +92,9 @@ class Checkpoint:
         shards, inside = shards_of(path), {}
         if text is not None:
             inside = {own: name for name in shards if (own := wrapper.own_name(name))}
+            if not inside:
+                first = next(iter(shards), "none")
+                raise UserError(f"{path}: a model of type '{kind}' whose tensors have unknown names, first '{first}'")
             shards = {own: shards[name] for own, name in inside.items()}
         require_whole(path, config, shards, wrapper.own_name if inside else None)
         # Old checkpoints store the frequencies of rotary embeddings; models compute them.
@@ -240,7 +244,16 @@ class Checkpoint:
 
     @cached_property
     def weight_bytes(self) -> int:
+        """About how many bytes the weights take; what lies beside a language model in a multimodal checkpoint is left out."""
+        if self.inside:
+            return sum(math.prod(shape) for shape in self._shapes()) * self.stored_dtype.itemsize
         return sum((self.path / shard).stat().st_size for shard in set(self.shards.values()))
+
+    def _shapes(self) -> Iterator[list[int]]:
+        for shard in set(self.shards.values()):
+            with safe_open(self.path / shard, "pt") as file:
+                for name in (name for name, where in self.shards.items() if where == shard):
+                    yield file.get_slice(self.inside.get(name, name)).get_shape()
 
     @cached_property
     def stored_dtype(self) -> torch.dtype:

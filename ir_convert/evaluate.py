@@ -92,10 +92,12 @@ def measure(
     report: Reporter | None = None,
     work: Work | None = None,
     team: Team | None = None,
+    reference: Decoder | None = None,
 ) -> Measured:
     """Measures the dense model and the routed one at each threshold, in one pass over the layers.
 
     Args:
+        reference: the dense model, where it has other weights than the routed one; its pass is one more.
         ids: token blocks ``[blocks, sequence]``, of which each process of the team measures its share.
         thresholds: execute where score > threshold.
     """
@@ -106,9 +108,17 @@ def measure(
         every = [-math.inf, *thresholds]
         x, approximated = run_routed(decoder, units, mine, every, kv_cache, report or Silent(), "evaluation", work)
         figures = torch.zeros(len(FIGURES), len(every), len(mine))
+        dense = (
+            None
+            if reference is None
+            else run_routed(reference, {}, mine, every[:1], kv_cache, report or Silent(), "dense", work)[0]
+        )
         head = decoder.head()
         for block, tokens in enumerate(mine):
-            figures[:, :, block] = _figures(decoder, head, x[slice(block, block + 1)][0].to(decoder.device), tokens)
+            streams = x[slice(block, block + 1)][0].to(decoder.device)
+            if dense is not None:
+                streams[0] = dense[slice(block, block + 1)][0, 0]
+            figures[:, :, block] = _figures(decoder, head, streams, tokens)
         # x stays: a run that is killed before the figures are saved needs it again.
         rates = {f"{layer}.{unit}": rate for (layer, unit), rate in approximated.items()}
         return {"figures": figures} | rates

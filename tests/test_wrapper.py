@@ -1,14 +1,29 @@
 """The language model in a multimodal checkpoint converts as one that is alone."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from models import random_routing
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForImageTextToText, Gemma3Config, LlavaConfig, Mistral3Config
+from tokenizers import Tokenizer, decoders, normalizers
+from tokenizers.models import BPE
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    Gemma3Config,
+    LlavaConfig,
+    Mistral3Config,
+    PaliGemmaConfig,
+    PreTrainedTokenizerFast,
+)
 
 from ir_convert.checkpoint import Checkpoint
 from ir_convert.decoder import Decoder
+from ir_convert.errors import UserError
 from ir_convert.export import hf, onnx
 from ir_convert.runtime import OnnxModel
 
@@ -56,6 +71,23 @@ SPELLINGS = {
 }
 
 
+def words_after_spaces():
+    """As Llama 2's: whoever builds that tokenizer anew, by its class, gives other tokens after special ones."""
+    vocabulary = {token: index for index, token in enumerate(["<unk>", "<s>", "</s>", "▁", "a", "b", "▁a", "▁b"])}
+    inner = Tokenizer(BPE(vocabulary, [("▁", "a"), ("▁", "b")], unk_token="<unk>"))
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
+    inner.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", bos_token="<s>", unk_token="<unk>")
+
+
+def gemma3(folder):
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(CONFIGS["gemma3"]())
+    model.save_pretrained(folder)
+    return model
+
+
 @pytest.fixture(params=[(kind, spelling) for kind in CONFIGS for spelling in SPELLINGS], ids="-".join)
 def wrapped(request, tmp_path):
     """(multimodal model, its folder)"""
@@ -63,6 +95,8 @@ def wrapped(request, tmp_path):
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(CONFIGS[kind](), attn_implementation="eager").eval()
     model.save_pretrained(tmp_path / "model")
+    words_after_spaces().save_pretrained(tmp_path / "model")
+    edit(tmp_path / "model", name="tokenizer_config.json", tokenizer_class="LlamaTokenizer")
     path, (decoder, head) = tmp_path / "model" / "model.safetensors", SPELLINGS[spelling]
     tensors = {}
     for name, tensor in load_file(path).items():
@@ -90,6 +124,12 @@ def test_its_language_model_converts(wrapped, tmp_path):
     onnx.write(checkpoint, routing, tmp_path / "onnx", "m.onnx")
     assert AutoConfig.from_pretrained(tmp_path / "onnx").model_type == checkpoint.config.model_type
 
+    base = AutoTokenizer.from_pretrained(folder)
+    for part in ("hf", "onnx"):
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / part, trust_remote_code=part == "hf")
+        for text in ("a b</s>a", " a", "b a"):
+            assert tokenizer(text)["input_ids"] == base(text)["input_ids"]
+
     ids = torch.randint(6, 131, (2, 20), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[0, :6] = 0
@@ -106,3 +146,51 @@ def test_its_language_model_converts(wrapped, tmp_path):
         torch.testing.assert_close(logits[real], expected[real], atol=1e-4, rtol=1e-4)
     assert np.isfinite(runtime.logits(ids.numpy())).all()
     assert Decoder(checkpoint, torch.device("cpu")).layer(2)
+
+
+def edit(folder, name="config.json", **changes):
+    path = folder / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_either_configuration_may_tie(tmp_path):
+    gemma3(tmp_path)
+    edit(tmp_path, tie_word_embeddings=False)
+    checkpoint = Checkpoint.open(str(tmp_path))
+    assert "lm_head.weight" not in checkpoint.shards
+    assert checkpoint.tied
+
+
+def test_what_lies_beside_is_not_counted(tmp_path):
+    model = gemma3(tmp_path)
+    checkpoint = Checkpoint.open(str(tmp_path))
+    assert checkpoint.weight_bytes == 4 * sum(weight.numel() for weight in model.model.language_model.parameters())
+
+
+def quantised(folder):
+    edit(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+
+
+def not_causal(folder):
+    PaliGemmaConfig(text_config={"model_type": "gemma2"}).save_pretrained(folder)
+
+
+def unknown_names(folder):
+    path = folder / "model.safetensors"
+    save_file({f"x.{name}": tensor for name, tensor in load_file(path).items()}, path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (quantised, "weights quantised by .* are not read: convert the model they were made from"),
+        (not_causal, "in 'paligemma' a prompt's tokens see those that follow them: convert a causal model"),
+        (unknown_names, "a model of type 'gemma3' whose tensors have unknown names, first 'x"),
+    ],
+)
+def test_one_clear_line(damage, message, tmp_path):
+    gemma3(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(UserError, match=message) as caught:
+        Checkpoint.open(str(tmp_path))
+    assert "\n" not in str(caught.value)

@@ -34,7 +34,7 @@ folder = "."  # this folder, or the repository's name on the Hub
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 
-model.set_sparsity({dial:g})  # any share up to {most:.3f}; 0 is the dense model
+model.set_sparsity({dial:g})  # any share up to {most:.3f}; 0 is {_all_units(routing)}
 with model.routing_statistics() as seen:
     model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=20)
 print(seen.sparsity, seen.decisions)  # shares of FLOPs and of decisions saved
@@ -57,6 +57,10 @@ Measured on held-out text at calibration. `routing.safetensors` holds the calibr
 def _kinds(routing: Routing) -> str:
     names = {"attention": "attention", "mlp": "MLP"}
     return " and ".join(names[unit] for unit in UNITS if any(kind == unit for _, kind in routing.units)) + " unit"
+
+
+def _all_units(routing: Routing) -> str:
+    return "the adapted model with every unit" if routing.lora else "the dense model"
 
 
 def _kernels(checkpoint: Checkpoint) -> str:

@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 
 from ir_convert import __version__
 from ir_convert.checkpoint import Checkpoint
-from ir_convert.errors import UserError
 from ir_convert.families import UNITS
 from ir_convert.files import TOKENIZER_FILES, sync
 from ir_convert.model_folder import INDEX, SINGLE
@@ -20,6 +19,7 @@ from ir_convert.routing import Routing
 from ir_convert.units import RoutedUnit
 
 from ..finite import require_finite
+from ..tokenizer import name_class
 from .card import model_card
 from .configuration_ir import rope_of_version_4
 from .loader import MODELS
@@ -27,8 +27,6 @@ from .loader import MODELS
 CODE = ("configuration_ir.py", "modeling_ir.py", "informed_ir.py", "attention_ir.py", "routed_ir.py", "control_ir.py")
 ROPE = ("rope_parameters", "rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor")
 SHARD_BYTES = 2 * 10**9
-# Version 5 of transformers reads tokenizer.json as it is in these families, whatever class their folders name.
-TOKENIZED_AS_IS = ("granite", "mistral", "olmo2", "phi3")
 
 # Names in a RoutedUnit (units.py) and in the module of the checkpoint (routed_ir.py).
 PARAMETERS = {
@@ -68,7 +66,7 @@ def write(
         shutil.copyfile(Path(__file__).with_name(name), folder / name)
     for file in checkpoint.files(("generation_config.json", *TOKENIZER_FILES)):
         shutil.copyfile(file, folder / file.name)
-    _name_tokenizer_class(checkpoint, folder)
+    name_class(checkpoint, folder)
     (folder / "README.md").write_text(model_card(checkpoint, routing), "utf-8")
     routing.save(folder / "routing.safetensors")
     _write_shards(_tensors(checkpoint, routing, dtype, on_progress), folder, shard_bytes)
@@ -120,26 +118,6 @@ def _sizes(routing: Routing, layers: int, size: Callable[[RoutedUnit], int]) -> 
     if len(sizes) == layers * len(UNITS) and len(set(sizes.values())) == 1:
         return sizes[0, UNITS[0]]
     return {unit: [sizes.get((layer, unit)) for layer in range(layers)] for unit in UNITS}
-
-
-def _name_tokenizer_class(checkpoint: Checkpoint, folder: Path) -> None:
-    """Names the tokenizer's class: transformers would derive a missing one from the model type, and ours is new to it."""
-    path = folder / "tokenizer_config.json"
-    if not (path.is_file() or (folder / "tokenizer.json").is_file()):
-        return
-    values = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    try:
-        values["tokenizer_class"] = type(checkpoint.tokenizer).__name__
-    except UserError:  # it needs code or a package that is not here
-        if not values.get("tokenizer_class"):
-            raise
-    as_is = (folder / "tokenizer.json").is_file() and checkpoint.config.model_type in TOKENIZED_AS_IS
-    if as_is or values["tokenizer_class"] == "TokenizersBackend":
-        # Version 5 of transformers calls it TokenizersBackend and reads either name; version 4 knows only this one.
-        values["tokenizer_class"] = "PreTrainedTokenizerFast"
-        values.setdefault("model_input_names", ["input_ids", "attention_mask"])  # version 4 adds token_type_ids
-    values.pop("auto_map", None)  # names code that does not come along
-    _write_json(path, values)
 
 
 def _tensors(

@@ -16,6 +16,7 @@ from ir_convert.families import experts_of, onnx_unsupported
 from ir_convert.files import TOKENIZER_FILES, sync
 from ir_convert.routing import Routing
 
+from ..tokenizer import name_class
 from . import genai
 from .graph import decoder
 from .int4 import Int4
@@ -107,6 +108,7 @@ def write(
         shutil.copyfile(file, folder / file.name)
     if checkpoint.inside:  # runtimes are to see a model of text alone
         (folder / "config.json").write_text(json.dumps(checkpoint.written_config, indent=2) + "\n", "utf-8")
+        name_class(checkpoint, folder)
     genai.write(checkpoint, folder, name)
     routing.save(folder / f"{Path(name).stem}.routing.safetensors")
     for path in [*folder.iterdir(), folder]:

@@ -13,6 +13,7 @@ from .. import __version__
 from ..checkpoint import Checkpoint
 from ..curve import within_reach
 from ..data import Blocks
+from ..decoder import Decoder
 from ..errors import UserError
 from ..evaluate import Measured, Quality, measure
 from ..progress import Reporter, Silent
@@ -60,7 +61,8 @@ def calibrate(
     meter = Meter(decoder, blocks.threshold, options.kv_cache, work, team, report)
     curve = meter.curve(fitted.units, fitted.scores, options.sparsity, fitted.near)
     threshold = curve.at(options.sparsity)
-    measured = measure(decoder, fitted.units, blocks.test, [threshold], options.kv_cache, report, work, team)
+    base = Decoder(checkpoint, decoder.device) if fitted.lora else None
+    measured = measure(decoder, fitted.units, blocks.test, [threshold], options.kv_cache, report, work, team, base)
     metadata = {
         "ir_convert_version": __version__,
         "base_model": checkpoint.public_name,

@@ -24,7 +24,7 @@ class Options:
         rank: mean rank of the forecasters; None by the model's width. The local recipe spends the same FLOPs unevenly.
         router_width: hidden units of the routers; None by the model's width.
         kv_cache: ``full``: approximated tokens leave keys and values, too. ``strict``: they leave none.
-        polish: end-to-end steps after the recipe.
+        polish: end-to-end steps after the recipe, towards the predictions of the model with all units (LoRA's changes included).
         lora: of the paper recipe: adapt the base weights last.
         steps: of each stage of the paper and greedy recipes.
         seed: of everything drawn at random.

@@ -17,6 +17,7 @@ from ..units import Units
 QUANTILES = 513
 BEYOND = 10.0  # so far above the highest score seen that nothing executes
 SPACING = 0.08
+TOP = (0.03, 0.005)  # below all that can be saved: from there on thresholds rise steeply
 CLOSE = (-0.02, 0.0, 0.02)
 WIDE = (-0.08, 0.0, 0.08)
 ATTEMPTS = 3
@@ -63,6 +64,7 @@ class Meter:
         """
         budget = Budget.of(self.decoder.config, units, self.kv_cache)
         grid = [*np.arange(0.01, budget.reachable, SPACING), *(asked + step for step in CLOSE)]
+        grid += [budget.reachable - step for step in TOP if step < budget.reachable]
         shift = near[1] - self._predict(budget, scores, [near[0]])[0]
         thresholds = [threshold + shift for threshold in self._predict(budget, scores, grid)]
         highest = max(float(values.max()) for values in scores.values())

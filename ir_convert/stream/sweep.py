@@ -50,10 +50,10 @@ def sweep(
         return work.states(f"{name}.{place}", shape)
 
     kept = [states(place) for place in range(len(results) + 1)] if keep else [states(len(results))]
-    if not results:
-        start(kept[-1])
-        kept[-1].finish()
     with report.stage(name, count, tokens, len(results)) as advance:
+        if not results:
+            start(kept[-1])
+            kept[-1].finish()
         for place in range(len(results), count):
             target = states(place + 1)
             result = step(order[place], decoder.layer(order[place]), kept[-1], target)

@@ -152,7 +152,12 @@ def test_lora_changes_the_dense_model(checkpoint, monkeypatch):
     options = Options(recipe="paper", steps=3, lora=True, sparsity=0.2, rank=3, router_width=4)
     routing = calibrate(checkpoint, random_blocks(), options)
     name = next(iter(routing.lora))
-    assert not torch.equal(checkpoint.read(name), checkpoint.with_lora(routing.lora).read(name))
+    adapted = checkpoint.with_lora(routing.lora)
+    assert not torch.equal(checkpoint.read(name), adapted.read(name))
+    # What it is held against is the base model, not the adapted one.
+    cpu, test = torch.device("cpu"), random_blocks().test
+    base, other = (measure(Decoder(model, cpu), {}, test, []).quality(0).perplexity for model in (checkpoint, adapted))
+    assert routing.metadata["test"]["perplexity_dense"] == pytest.approx(base, rel=1e-7) != other
 
 
 def test_text_of_tokens_that_the_model_lacks(checkpoint):

@@ -80,6 +80,14 @@ def test_asked_is_met_between_points(metered):
     assert min(abs(saved - asked) for saved in curve.sparsity) < 0.03  # it looked most closely there
 
 
+def test_asked_is_met_near_the_top(metered):
+    decoder, units, meter, curve, _ = metered
+    for below in (0.02, 0.01):
+        asked = Budget.of(decoder.config, units, meter.kv_cache).reachable - below
+        achieved = measure(decoder, units, meter.ids, [curve.at(asked)], meter.kv_cache).quality(1).sparsity
+        assert achieved == pytest.approx(asked, abs=0.007)
+
+
 def test_standard_errors(metered):
     _, _, meter, curve, _ = metered
     errors = [meter.errors[threshold] for threshold in curve.threshold]
