@@ -18,7 +18,7 @@ from .router import STEPS as ROUTER_STEPS
 
 # Passes over the model that a token of each part makes: forward 1, backward 1 + 2 for each probe, refit 2; the thresholds of
 # both measurements; dense and routed.
-FIT_PASSES, THRESHOLD_PASSES, TEST_PASSES = 4 + 2 * PROBES, 20, 2
+FIT_PASSES, THRESHOLD_PASSES, TEST_PASSES = 4 + 2 * PROBES, 22, 2
 LOGITS_COPIES = 7  # the probes' and what is computed from them
 SOLVE_MATRICES = (
     7  # d x d in float64 while a unit is solved: two moments, two covariances, identity, what is factored, factor
