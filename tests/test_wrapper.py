@@ -1,12 +1,11 @@
 """The language model in a multimodal checkpoint converts as one that is alone."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
-from models import random_routing
+from models import SIZES, random_routing
 from safetensors.torch import load_file, save_file
+from test_checkpoint import edit
 from tokenizers import Tokenizer, decoders, normalizers
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
@@ -27,17 +26,7 @@ from ir_convert.errors import UserError
 from ir_convert.export import hf, onnx
 from ir_convert.runtime import OnnxModel
 
-TEXT = {
-    "vocab_size": 131,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 256,
-    "sliding_window": 7,
-}
+TEXT = SIZES | {"head_dim": 16, "sliding_window": 7}
 VISION = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -96,7 +85,7 @@ def wrapped(request, tmp_path):
     model = AutoModelForImageTextToText.from_config(CONFIGS[kind](), attn_implementation="eager").eval()
     model.save_pretrained(tmp_path / "model")
     words_after_spaces().save_pretrained(tmp_path / "model")
-    edit(tmp_path / "model", name="tokenizer_config.json", tokenizer_class="LlamaTokenizer")
+    edit(tmp_path / "model" / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
     path, (decoder, head) = tmp_path / "model" / "model.safetensors", SPELLINGS[spelling]
     tensors = {}
     for name, tensor in load_file(path).items():
@@ -148,14 +137,9 @@ def test_its_language_model_converts(wrapped, tmp_path):
     assert Decoder(checkpoint, torch.device("cpu")).layer(2)
 
 
-def edit(folder, name="config.json", **changes):
-    path = folder / name
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
 def test_either_configuration_may_tie(tmp_path):
     gemma3(tmp_path)
-    edit(tmp_path, tie_word_embeddings=False)
+    edit(tmp_path / "config.json", tie_word_embeddings=False)
     checkpoint = Checkpoint.open(str(tmp_path))
     assert "lm_head.weight" not in checkpoint.shards
     assert checkpoint.tied
@@ -168,7 +152,7 @@ def test_what_lies_beside_is_not_counted(tmp_path):
 
 
 def quantised(folder):
-    edit(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    edit(folder / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
 
 
 def not_causal(folder):

@@ -141,7 +141,7 @@ class Sample:
         rows = torch.randint(self.tokens, (count,), generator=generator)
         return self.team.local(rows, self.block).to(self.device)
 
-    def mean(self, values: Tensor, of: Callable[[Tensor], Tensor] = torch.clone) -> Tensor:
+    def mean(self, values: Tensor, of: Callable[[Tensor], Tensor] = lambda part: part) -> Tensor:
         """Returns the mean over all processes' tokens of ``of(values[tokens, ...])``, fp32, computed a part at a time."""
         total = torch.stack([of(part).double().sum(0) for part in values.split(PART)]).sum(0)
         return self.team.sum([total])[0].div(self.tokens).float()
