@@ -73,12 +73,12 @@ class Count:
 
     def add(self, h: Tensor, execute: Tensor | None) -> None:
         """Counts a call on ``h[batch, sequence, hidden]``; execute is None in a dense model, else bool ``[batch, sequence]``."""
-        real = self.padding.real
-        if real is None or real.shape != h.shape[:2]:
-            real = torch.ones(h.shape[:2], dtype=torch.bool)
-        tokens = int(real.sum())
+        real, tokens = self.padding.real, h.shape[0] * h.shape[1]
+        if real is not None and real.shape == h.shape[:2]:
+            tokens = int(real.sum())
+            execute = None if execute is None else execute & real.to(execute.device)
         self.tokens += tokens
-        self.executed += tokens if execute is None else int((execute & real.to(execute.device)).sum())
+        self.executed += tokens if execute is None else int(execute.sum())
         self.routed += 0 if execute is None else tokens
 
 
