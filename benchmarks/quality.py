@@ -4,8 +4,8 @@
     python benchmarks/quality.py --print RESULT.json
 
 Fits for different methods and seeds run in fresh processes; peak memory is a process's so far, of all its sparsities. What one
-process needs once for several sparsities, or for a method that goes on from another, counts in full for each. Results are saved after every process;
-the same command goes on where it stopped, and seeds, sparsities or methods can be added to a file.
+process needs once for several sparsities, or for a method that goes on from another, counts in full for each. Results are saved
+after every process; the same command goes on where it stopped, and seeds, sparsities or methods can be added to a file.
 """
 
 import argparse

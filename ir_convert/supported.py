@@ -22,9 +22,8 @@ def require_supported(config: PretrainedConfig) -> Family:
         )
     if quantization := getattr(config, "quantization_config", None):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else type(quantization).__name__
-        raise UserError(
-            f"weights quantised by {repr(method) if method else 'an unnamed method'} are not read: convert the model they were made from"
-        )
+        by = f"'{method}'" if method else "an unnamed method"
+        raise UserError(f"weights quantised by {by} are not read: convert the model they were made from")
     padding = getattr(config, "pad_token_id", None)
     if padding is not None and padding >= config.vocab_size:
         raise UserError(

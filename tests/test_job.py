@@ -166,7 +166,7 @@ def test_what_failed_at_once_is_in_nobodys_way(model, tmp_path, run):  # noqa: F
     assert out.exists()
 
 
-def of_a_gpu(*_):
+def of_a_gpu(*_, **__):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
@@ -224,12 +224,9 @@ def test_blocks_longer_than_the_model_knows_are_said(model, tmp_path, run):  # n
 
 
 def test_gradient_checkpointing_may_be_added_on_the_way(model, tmp_path, run, monkeypatch):  # noqa: F811
-    def full(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-
     out, options = tmp_path / "r.safetensors", [*OPTIONS, "--polish", 1]
     with monkeypatch.context() as patch:
-        patch.setattr(polish, "train_routed", full)
+        patch.setattr(polish, "train_routed", of_a_gpu)
         code, _, err = run(model, *options, "--out", out)
     assert code == 2
     assert "--gradient-checkpointing takes less" in err.splitlines()[-1]
