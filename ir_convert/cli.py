@@ -15,6 +15,15 @@ FILE = click.Path(path_type=Path)
 SEED = click.IntRange(0, 2**32 - 1)
 
 
+def _share(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
+    """Refuses a sparsity that is none before torch and transformers are loaded, which takes seconds."""
+    from .curve import require_share
+
+    if value is not None:
+        require_share(value)
+    return value
+
+
 @click.command("ir-convert", epilog="Run what came out: ir-convert generate ARTIFACT PROMPT (--help for its options).")
 @click.argument("model")
 @click.option(
@@ -34,6 +43,7 @@ SEED = click.IntRange(0, 2**32 - 1)
 @click.option(
     "--sparsity",
     type=float,
+    callback=_share,
     help="Share of the layers' FLOPs to save, in [0, 1).  [default: 0.4, or the routing file's]",
 )
 @click.option(
@@ -152,7 +162,9 @@ def convert(model: str, out: tuple[Path, ...], units: str, **options: object) ->
 @click.argument("artifact", type=FILE)
 @click.argument("prompt")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True)
-@click.option("--sparsity", type=float, help="Share of FLOPs to save, in [0, 1).  [default: the artifact's]")
+@click.option(
+    "--sparsity", type=float, callback=_share, help="Share of FLOPs to save, in [0, 1).  [default: the artifact's]"
+)
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 for greedy decoding.")
 @click.option("--seed", type=SEED, default=0, show_default=True)
 def generate(artifact: Path, prompt: str, **options: object) -> None:

@@ -162,6 +162,22 @@ def test_module_entry_point():
     assert done.stderr.startswith("ir-convert: model folder './absent' does not exist")
 
 
+@pytest.mark.parametrize("arguments", [["model", "--out", "x"], ["generate", "x.onnx", "The"]])
+def test_a_wrong_sparsity_is_refused_before_torch_is_loaded(arguments):
+    script = (
+        "import sys\n"
+        "from ir_convert import cli\n"
+        f"sys.argv = ['ir-convert', *{arguments}, '--sparsity', '40']\n"
+        "try:\n"
+        "    cli.main()\n"
+        "finally:\n"
+        "    print('torch' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "False\n")
+    assert done.stderr.startswith("ir-convert: sparsity 40 is not in [0, 1)")
+
+
 def test_conversion_prints_its_table(converted):
     for words in ("perplexity", "FLOPs saved, asked", "25.0%", "ir-tiny.onnx", "MB", "time"):
         assert words in converted.output, converted.output
