@@ -80,7 +80,11 @@ def _share(context: click.Context, parameter: click.Parameter, value: float | No
     type=click.IntRange(0),
     help="Mean rank of the forecasters; 0 forecasts a unit's mean.  [default: width / 16, from 8 to 100]",
 )
-@click.option("--router-width", type=click.IntRange(0), help="Hidden units of the routers.  [default: by width]")
+@click.option(
+    "--router-width",
+    type=click.IntRange(0),
+    help="Hidden units of the routers; 0 scores all tokens of a unit alike: whole units switch.  [default: by width]",
+)
 @click.option(
     "--kv-cache",
     type=click.Choice(KV_CACHES),

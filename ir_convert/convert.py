@@ -4,6 +4,7 @@ import inspect
 import os
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from hashlib import sha256
 from pathlib import Path
@@ -22,9 +23,10 @@ from .choices import LOGITS
 from .data import Blocks, Source, read_blocks
 from .errors import UserError, one_line
 from .families import UNITS
-from .files import expanded
+from .files import expanded, size_text
 from .job import Job
-from .outputs import Output
+from .lock import alone
+from .outputs import Output, check_apart
 from .progress import Reporter, Silent
 from .quantisation import Quantisation
 from .routing import Routing
@@ -129,7 +131,11 @@ def convert(
     if routing is not None:
         learned = _reuse(routing, checkpoint, sparsity)
         writing = replace(writing, quantisation=quantisation.of(learned))
-        sizes = writing.write(checkpoint, learned, report) if team.rank == 0 else {}
+        sizes = {}
+        if team.rank == 0:
+            writing.check(checkpoint)
+            with alone(outputs):
+                sizes = writing.write(checkpoint, learned, report)
         return Conversion(learned, sizes, time.monotonic() - start)
 
     options = Options(
@@ -147,6 +153,7 @@ def convert(
     ).settled(checkpoint.config)
     check_reachable(checkpoint, options)
     writing.check_dtype()
+    check_apart(outputs, checkpoint)
     # Those that exist may turn out to be this very job's, so they wait.
     writing.only([output for output in outputs if not output.routing_file.is_file()]).check(checkpoint)
     sources = [Source.parse(text) for text in calibration]
@@ -177,7 +184,8 @@ def convert(
     writing.check(checkpoint)
 
     same = "the same command" + (", without --restart," if restart else "")
-    with job.alone(outputs[0], team):
+    # The work folder is beside the first output, whether or not that is still to be written.
+    with alone([outputs[0], *writing.outputs]) if team.rank == 0 else nullcontext():
         try:
             work = job.work(outputs[0], restart, team)
             view = quantisation.view(checkpoint, work.folder)
@@ -229,7 +237,7 @@ def _calibrate(
         expected = estimate(checkpoint, blocks, options, device, team.size)
         report.note(expected.sentence())
         if work.folder and not work.begun and (free := disk_usage(work.folder).free) < expected.disk * team.size:
-            report.note(f"{work.folder.parent} has {free / 1e9:.1f} GB free: that may be too little.")
+            report.note(f"{work.folder.parent} has {size_text(free)} free: that may be too little.")
         routing = calibrate(checkpoint, blocks, options, device=device, report=report, work=work, team=team)
         if kept:
             routing.save(kept)
@@ -255,6 +263,10 @@ def _outputs(paths: Sequence[Path], target: str) -> list[Output]:
 def _reuse(path: Path, checkpoint: Checkpoint, sparsity: float | None) -> Routing:
     """Reads a routing file made for this very model, and moves its dial to another sparsity if asked."""
     routing = Routing.load(path)
+    if absent := [
+        name for name in ("base_model", "weights_sha256", "sparsity", "test") if name not in routing.metadata
+    ]:
+        raise UserError(f"the routing file {path} is damaged (its metadata has no {absent[0]}): calibrate again")
     if (made_for := routing.metadata["weights_sha256"]) != checkpoint.weights_sha256:
         raise UserError(
             f"{path} was made for other weights ({routing.metadata['base_model']}, sha256 {made_for[:12]}...) than "

@@ -36,6 +36,18 @@ def require_readable(path: Path) -> None:
         raise UserError(f"{path} may not be read: permission denied")
 
 
+def size_text(size: float) -> str:
+    """Returns a number of bytes as people read it."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def onnx_files(folder: Path) -> list[Path]:
+    """Returns the models in a folder, or the one of a folder of Triton's model repository."""
+    triton = folder / "1" / "model.onnx"
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() == ".onnx")
+    return files or ([triton] if triton.is_file() else [])
+
+
 def sync(path: Path) -> None:
     """Makes sure that a file, or a folder's list of files, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

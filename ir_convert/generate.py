@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from .errors import UserError, one_line
-from .files import expanded
+from .files import expanded, onnx_files
 
 CONTEXT = 8  # tokens that the next are decoded with
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -52,9 +52,7 @@ def generate(
         raise UserError(
             f"temperature {temperature:g} is not in [{LEAST_TEMPERATURE:g}, inf): give 0 for greedy decoding"
         )
-    if (artifact / "1" / "model.onnx").is_file():
-        artifact = artifact / "1"  # a model of Triton's repository
-    if artifact.is_dir() and not any(artifact.glob("*.onnx")):
+    if artifact.is_dir() and not onnx_files(artifact):
         return _hugging_face(artifact, prompt, max_new_tokens, sparsity, temperature, seed)
     return _onnx(artifact, prompt, max_new_tokens, sparsity, temperature, seed)
 

@@ -34,7 +34,8 @@ def require_whole(
         try:
             with safe_open(path / shard, "pt") as file:
                 names = {name: own_name(name) if own_name else name for name in file.keys()}
-                slices = {own: file.get_slice(name) for name, own in names.items() if own}
+                # What an index does not name is not read: to whoever reads by it, it is absent.
+                slices = {own: file.get_slice(name) for name, own in names.items() if own in shards}
                 shapes |= {name: held.get_shape() for name, held in slices.items()}
                 dtypes |= {name: held.get_dtype() for name, held in slices.items()}
         except (OSError, SafetensorError) as error:

@@ -1,17 +1,15 @@
 """One conversion as a job: what it depends on, where its unfinished work lies, and whether it was done before."""
 
-import fcntl
 import hashlib
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .checkpoint import Checkpoint
-from .errors import UserError, reason
+from .errors import UserError
+from .lock import alone
 from .outputs import Output
 from .routing import Routing
 from .stream import Team, Work
@@ -72,37 +70,9 @@ class Job:
     def forget(self, output: Output, team: Team) -> None:
         """Removes what a run of this job has left that was killed when all was written."""
         if team.rank == 0 and (folder := self.folder(output)).is_dir():
-            with self.alone(output, team):
+            with alone([output]):
                 if _begun(folder) in (None, self._values):
                     self.clear(output)
-
-    @contextmanager
-    def alone(self, output: Output, team: Team) -> Iterator[None]:
-        """Keeps other runs from the work folder, inside a ``with`` block.
-
-        Raises:
-            UserError: another run is at work there, or nothing can be written there.
-        """
-        if team.rank != 0:
-            yield
-            return
-        path = self.folder(output).with_suffix(".work.lock")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock = path.open("w")
-        except OSError as error:
-            raise UserError(f"cannot write {output.path}: {reason(error)}") from error
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when the process ends, however it ends
-            except BlockingIOError as error:
-                raise UserError(f"another run is making {output.path}: wait for it, or name another output") from error
-            except OSError:  # a file system without locks
-                pass
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
 
     @property
     def _values(self) -> Any:

@@ -13,6 +13,7 @@ from .files import require_readable
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 ADAPTER = "adapter_config.json"
+WEIGHTS = (SINGLE, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.safetensors", ADAPTER)
 
 
 def download(model: str) -> Path:

@@ -1,6 +1,7 @@
 """Where results go: checked before any work, written whole or not at all."""
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -10,9 +11,11 @@ from safetensors import SafetensorError
 
 from .checkpoint import COPIED, Checkpoint
 from .errors import UserError, reason
-from .files import expanded
-from .model_folder import INDEX, SINGLE, shards_of
+from .export.hf import CODE
+from .files import expanded, size_text
+from .model_folder import INDEX, WEIGHTS, shards_of
 
+BESIDE = ("config.json", "genai_config.json", *COPIED)  # an ONNX model, whoever made it
 LONGEST = 200  # of a name: most file systems have 255 bytes, and what lies beside an output has its name and more
 FOREIGN = {
     ".gguf",
@@ -48,6 +51,8 @@ class Output:
     def parse(cls, path: Path, target: str = "hf") -> "Output":
         """Tells the kind from the name: ``*.onnx``, ``*.safetensors``, else a folder, whose kind is ``target``."""
         path = expanded(path)
+        if not _is_text(path.name):
+            raise UserError(f"output name {path.name!r} is not UTF-8, as names inside of models are: give another")
         if len(os.fsencode(path.name)) > LONGEST:
             raise UserError(f"output name '{path.name[:20]}...' is longer than {LONGEST} bytes: shorten it")
         suffix = path.suffix.lower()
@@ -83,11 +88,7 @@ class Output:
         """Returns what the output puts beside other files of the user's; a folder is one thing."""
         if self.kind != "onnx":
             return [self.path]
-        beside = [
-            "config.json",
-            "genai_config.json",
-            *(file.name for file in checkpoint.files(COPIED)),
-        ]
+        beside = ["config.json", "genai_config.json", *_copied(checkpoint)]
         names = [*beside, self.routing_file.name, f"{self.path.name}.data", self.path.name]
         return [self.path.parent / name for name in names]
 
@@ -95,14 +96,15 @@ class Output:
         """Tells whether the output stands there, and lacks no file without which it is of no use."""
         needed = self.files(checkpoint)
         if self.kind == "hf":
-            needed = [self.path / "config.json"]
+            needed = [self.path / name for name in ("config.json", *CODE, *_copied(checkpoint))]
             try:
                 shards_of(self.path)  # the weights that it names are there
             except UserError:
                 return False
         elif self.kind == "triton":
             model = self.path / self.model_file
-            needed = [self.path / "config.pbtxt", model, model.with_name(f"{model.name}.data")]
+            beside = ("config.json", *_copied(checkpoint), f"{model.name}.data")
+            needed = [self.path / "config.pbtxt", model, *(model.with_name(name) for name in beside)]
         return all(file.exists() for file in (self.routing_file, *needed))
 
     def write(self, fill: Callable[[Path], None]) -> int:
@@ -129,6 +131,8 @@ class Output:
             else:
                 # The file that the user named goes first and comes last: where it is, the others are, and of its kind.
                 self.path.unlink(missing_ok=True)
+                for name in BESIDE if self.kind == "onnx" else ():
+                    (self.path.parent / name).unlink(missing_ok=True)  # a model's before it may have had more of them
                 for file in sorted(partial.iterdir(), key=lambda file: file.name == self.path.name):
                     file.replace(self.path.parent / file.name)
         except (OSError, SafetensorError) as error:
@@ -138,33 +142,39 @@ class Output:
         return size
 
 
+def check_apart(outputs: list[Output], checkpoint: Checkpoint) -> None:
+    """Refuses outputs that collide.
+
+    Raises:
+        UserError: two outputs would write one file, or one lies in another or in the base model's folder.
+    """
+    taken: dict[Path, Path] = {}
+    places = {output.path.resolve(): output for output in outputs}
+    for output in outputs:
+        _check_place(output, checkpoint.path.resolve())
+        if around := next((places[parent] for parent in output.path.resolve().parents if parent in places), None):
+            raise UserError(f"output '{output.path}' lies in '{around.path}', another output: name another place")
+        for file in output.files(checkpoint):
+            if (other := taken.setdefault(file.resolve(), output.path)) != output.path or outputs.count(output) > 1:
+                raise UserError(
+                    f"outputs '{other}' and '{output.path}' would both write {file}: name different folders"
+                )
+
+
 def check_outputs(
     outputs: list[Output], checkpoint: Checkpoint, overwrite: bool, bytes_needed: Callable[[Output], int]
 ) -> None:
     """Refuses, before any work, outputs that would destroy something or cannot be written.
 
     Raises:
-        UserError: something exists and ``overwrite`` is not set, two outputs collide, an output lies in another or in the base
-            model's folder, a folder to overwrite was not written by ir-convert, or the disk is too full.
+        UserError: something exists and ``overwrite`` is not set, outputs collide (``check_apart``), a folder to overwrite was not
+            written by ir-convert or holds what was not, or the disk is too full.
     """
-    taken: dict[Path, Path] = {}
-    folders = {output.path.resolve(): output for output in outputs if output.is_folder}
+    check_apart(outputs, checkpoint)
     for output in outputs:
-        _check_place(output, checkpoint.path.resolve())
-        if around := next((folders[parent] for parent in output.path.resolve().parents if parent in folders), None):
-            raise UserError(
-                f"output '{output.path}' lies in the folder '{around.path}', another output: name another place"
-            )
-        for file in output.files(checkpoint):
-            if (other := taken.setdefault(file.resolve(), output.path)) != output.path or outputs.count(output) > 1:
-                raise UserError(
-                    f"outputs '{other}' and '{output.path}' would both write {file}: name different folders"
-                )
-            if (
-                file.exists()
-                and output.kind == "onnx"
-                and any((file.parent / name).exists() for name in (SINGLE, INDEX))
-            ):
+        beside = [output.path.parent / name for name in BESIDE] if output.kind == "onnx" else []
+        for file in dict.fromkeys([*beside, *output.files(checkpoint)]):
+            if file.exists() and beside and any((file.parent / name).exists() for name in WEIGHTS):
                 raise UserError(
                     f"{file.parent} holds another model, whose {file.name} would be lost: name another folder"
                 )
@@ -192,10 +202,26 @@ def _replaceable(output: Output) -> bool:
 
 
 def _others(output: Output) -> list[str]:
-    """Returns what lies in a checkpoint's folder and cannot be of ours: hidden files, and folders."""
-    entries = output.path.iterdir() if output.kind == "hf" else ()
-    names = (path.name for path in entries if path.is_dir() or path.name.startswith("."))
-    return sorted(name for name in names if name != "__pycache__")
+    """Returns what lies in a checkpoint's folder and is not of those that ir-convert writes."""
+    own = {"README.md", "routing.safetensors", "__pycache__", INDEX, *BESIDE, *CODE}
+    names = [path.name for path in output.path.iterdir()] if output.kind == "hf" else []
+    return sorted(
+        name for name in names if name not in own and not re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", name)
+    )
+
+
+def _copied(checkpoint: Checkpoint) -> list[str]:
+    """Returns the names of what is copied from the base model."""
+    return [file.name for file in checkpoint.files(COPIED)]
+
+
+def _is_text(name: str) -> bool:
+    """Tells whether a name is UTF-8: bytes that are not come as surrogates."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _let_others_read(folder: Path) -> None:
@@ -234,4 +260,4 @@ def _check_space(outputs: Iterable[Output], bytes_needed: Callable[[Output], int
     for needed, folder in by_disk.values():
         free = shutil.disk_usage(folder).free
         if free < needed * 1.02:
-            raise UserError(f"{folder} has {free / 1e9:.1f} GB free; the outputs need about {needed / 1e9:.1f} GB")
+            raise UserError(f"{folder} has {size_text(free)} free; the outputs need about {size_text(needed)}")

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from .checkpoint import Lora
 from .curve import Curve
-from .errors import UserError
+from .errors import UserError, one_line
 from .files import require_readable, sync
 from .units import Units, units_from_tensors, units_to_tensors
 
@@ -102,6 +102,13 @@ class Routing:
         except (OSError, SafetensorError) as error:
             why = "it is a folder" if path.is_dir() else error
             raise UserError(f"cannot read the routing file {path}: {why}") from error
+        try:
+            return cls._of(tensors, json.loads(header["ir_convert"]))
+        except (KeyError, ValueError, TypeError) as error:
+            raise UserError(f"the routing file {path} is damaged ({one_line(error)}): calibrate again") from error
+
+    @classmethod
+    def _of(cls, tensors: dict[str, torch.Tensor], metadata: dict[str, Any]) -> "Routing":
         curve = Curve(*(tensors.pop(f"curve.{axis}").tolist() for axis in ("sparsity", "threshold")))
         lora = {
             name.removeprefix("lora.").removesuffix(".a"): (tensors.pop(name), tensors.pop(name[:-1] + "b"))
@@ -109,4 +116,7 @@ class Routing:
             if name.startswith("lora.") and name.endswith(".a")
         }
         units = units_from_tensors({name.removeprefix("layers."): tensor for name, tensor in tensors.items()})
-        return cls(units, curve, json.loads(header["ir_convert"]), lora)
+        for (layer, unit), routed in units.items():
+            if not routed.fits_together():
+                raise ValueError(f"layer {layer}, {unit}: sizes that do not belong together")
+        return cls(units, curve, metadata, lora)

@@ -95,6 +95,14 @@ class RoutedUnit:
             for field in fields(kind)
         }
 
+    def fits_together(self) -> bool:
+        """Tells whether all tensors have the shapes that rank, width and hidden size give them."""
+        f, r, hidden = self.forecaster, self.router, len(self.forecaster.bias)
+        return [tuple(tensor.shape) for tensor in (*vars(f).values(), *vars(r).values())] == [
+            *((f.rank, hidden), (f.rank,), (hidden, f.rank), (hidden,)),
+            *((r.width, hidden), (r.width,), (1, r.width), (1,)),
+        ]
+
     def to(self, device: torch.device) -> "RoutedUnit":
         """Returns a copy on another device."""
         return self.from_tensors({name: tensor.to(device) for name, tensor in self.tensors().items()})

@@ -42,10 +42,14 @@ class Writing:
         return replace(self, outputs=outputs)
 
     def check_flags(self) -> None:
-        """Raises UserError where a flag is of ONNX files, and there are none."""
+        """Raises UserError where a flag is of outputs of another kind."""
         if (self.trace or self.logits != "all") and not self._has_onnx:
             flag = "--trace" if self.trace else f"--logits {self.logits}"
             raise UserError(f"{flag} is of ONNX files, and no output is one: name a .onnx output, or leave it out")
+        if self.dtype != "auto" and all(output.kind == "routing" for output in self.outputs):
+            raise UserError(
+                f"--dtype {self.dtype} is of models, and a routing file alone is to be written: leave it out"
+            )
 
     def check_dtype(self) -> None:
         """Raises UserError where a runtime that is asked for takes no model of this precision."""
@@ -102,6 +106,7 @@ class Writing:
 
         if output.kind == "routing":
             routing.save(folder / output.path.name)
+            progress(1, 1)
         elif output.is_onnx:
             model = folder / output.model_file
             model.parent.mkdir(exist_ok=True)

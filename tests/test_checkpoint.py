@@ -167,6 +167,13 @@ def lose_a_tensor(folder):
     edit(index, weight_map=weight_map)
 
 
+def lose_a_tensor_in_the_index(folder):
+    index = folder / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    del weight_map["model.layers.1.self_attn.v_proj.weight"]
+    edit(index, weight_map=weight_map)
+
+
 def change_tensor(folder, name, change):
     shard = folder / json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][name]
     tensors = load_file(shard)
@@ -276,6 +283,7 @@ def unnamed_method(folder):
         (other_vocabulary, r"embed_tokens.weight' is \[131, 48\]; config.json says \[7, 48\]"),
         (one_layer_less, r"has a tensor 'model.layers.[1-9].*config.json says that there are 1 layers"),
         (lose_a_tensor, r"lacks 'model.layers.0.mlp.up_proj.weight', which other layers have"),
+        (lose_a_tensor_in_the_index, r"lacks 'model.layers.1.self_attn.v_proj.weight', which other layers have"),
         (narrow_keys, r"layers.1.self_attn.k_proj.weight' is \[\d+, 48\], 'model.layers.\d.self_attn.k_proj.weight' "),
         (store_integers, "layers.1.mlp.down_proj.weight' is I8, not floats: convert the model that it was made from"),
         (store_float8, "embed_tokens.weight' is F8_E4M3, not floats"),

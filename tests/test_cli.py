@@ -72,6 +72,7 @@ def base(tmp_path_factory):
         (["{base}", "--out", "{out}", "--seed", "-1"], "-1 is not in the range"),
         (["{base}", "--out", "{out}", "--trace"], "--trace is of ONNX files, and no output is one"),
         (["{base}", "--out", "{out}", "--logits", "last"], "--logits last is of ONNX files"),
+        (["{base}", "--out", "{out}.safetensors", "--dtype", "float16"], "--dtype float16 is of models"),
         (["{base}/config.json", "--out", "{out}"], "is a file: name the folder that it lies in"),
         (["{base}", "--out", "{out}", "--routing", "{base}"], "cannot read the routing file {base}: it is a folder"),
         (["generate", "{base}", "x", "--temperature", "nan"], "temperature nan is not in"),

@@ -138,23 +138,23 @@ def test_changed_option_is_refused_by_name(model, tmp_path, run):  # noqa: F811
     assert Routing.load(out).metadata["rank"] == 5
 
 
-def test_a_run_keeps_others_away(model, tmp_path, run):  # noqa: F811
-    out, lock = tmp_path / "r.safetensors", tmp_path / ".r.safetensors.work.lock"
+def test_a_run_keeps_others_away(model, unbroken, tmp_path, run):  # noqa: F811
+    out = tmp_path / "r.safetensors"
     process = subprocess.Popen(command(model, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (tmp_path / ".r.safetensors.work" / "forward.1.safetensors").exists():
         time.sleep(0.001)
     process.send_signal(signal.SIGSTOP)
     try:
-        for more in ((), ("--restart",), ("--rank", 5)):
-            code, _, err = run(model, *OPTIONS, "--out", out, *more)
+        learnt, elsewhere = ("--routing", unbroken), ("--out", tmp_path / "elsewhere.safetensors")
+        for options in (OPTIONS, (*OPTIONS, "--restart"), (*OPTIONS, "--rank", 5), learnt, (*elsewhere, *learnt)):
+            code, _, err = run(model, *options, "--out", out)
             assert code == 2
             assert f"another run is making {out}" in err
             assert err.count("\n") == 1
     finally:
         process.send_signal(signal.SIGCONT)
     assert process.wait() == 0
-    assert out.exists()
-    assert not lock.exists()
+    assert os.listdir(tmp_path) == [out.name]
 
 
 def test_what_failed_at_once_is_in_nobodys_way(model, tmp_path, run):  # noqa: F811
@@ -208,7 +208,7 @@ def test_little_room_is_said_before(model, tmp_path, run, monkeypatch):  # noqa:
     monkeypatch.setattr(module, "disk_usage", lambda _: SimpleNamespace(free=1000))
     code, _, err = run(model, *OPTIONS, "--out", tmp_path / "r.safetensors")
     assert code == 0, err
-    assert f"{tmp_path} has 0.0 GB free: that may be too little." in err
+    assert f"{tmp_path} has 0.0 MB free: that may be too little." in err
 
 
 def test_blocks_longer_than_the_model_knows_are_said(model, tmp_path, run):  # noqa: F811
@@ -277,7 +277,8 @@ def test_finished_is_not_repeated(model, unbroken, run):  # noqa: F811
 def test_what_lost_a_file_is_not_done(model, run, tmp_path):  # noqa: F811
     outs = [word for name in ("m.onnx", "hf") for word in ("--out", tmp_path / name)]
     assert run(model, *OPTIONS, *outs)[0] == 0
-    for lost in ("m.onnx.data", "genai_config.json", "hf/config.json", "hf/model.safetensors"):
+    hf = ("config.json", "modeling_ir.py", "tokenizer.json", "model.safetensors")
+    for lost in ("m.onnx.data", "genai_config.json", *(f"hf/{name}" for name in hf)):
         assert "Already done" in run(model, *OPTIONS, *outs)[2]
         (tmp_path / lost).rename(tmp_path / "elsewhere")
         code, _, err = run(model, *OPTIONS, *outs)
@@ -293,6 +294,8 @@ def test_what_lost_a_file_is_not_done(model, run, tmp_path):  # noqa: F811
     assert (tmp_path / lost).is_file()
     same(tmp_path / "m.routing.safetensors", tmp_path / "r.safetensors")
     assert "Already done" in run(model, *OPTIONS, *outs, *more)[2]
+    code, _, err = run(model, *OPTIONS, *outs, *more, "--out", tmp_path / "hf" / "m.onnx")
+    assert (code, "lies in" in err) == (2, True)  # what is done already is in the way as well
 
 
 def test_what_was_killed_when_all_was_written_leaves_nothing(model, tmp_path, run, monkeypatch):  # noqa: F811

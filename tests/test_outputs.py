@@ -74,8 +74,13 @@ def test_existing_folder(checkpoint, tmp_path):
         with pytest.raises(UserError, match="is not a checkpoint that ir-convert wrote; it is not overwritten"):
             check(checkpoint, folder, overwrite=True)
     (folder / "routing.safetensors").write_text("")
+    with pytest.raises(UserError, match=r"also holds 'thesis.txt', which would be lost"):
+        check(checkpoint, folder, overwrite=True)
+    (folder / "thesis.txt").unlink()
+    for own in ("model-00001-of-00002.safetensors", "modeling_ir.py", "tokenizer.json", "README.md"):
+        (folder / own).write_text("")
     check(checkpoint, folder, overwrite=True)
-    for name in (".git", "eval"):  # the user's own
+    for name in (".git", "eval", "adapter.safetensors"):  # the user's own
         (folder / name).mkdir()
         with pytest.raises(UserError, match=f"also holds '{name}', which would be lost"):
             check(checkpoint, folder, overwrite=True)
@@ -87,6 +92,30 @@ def test_another_models_configuration_is_not_lost(checkpoint, tmp_path):
     for overwrite in (False, True):
         with pytest.raises(UserError, match=r"holds another model, whose config\.json would be lost"):
             check(checkpoint, tmp_path / "other" / "m.onnx", overwrite=overwrite)
+    for weights in ("pytorch_model.bin", "adapter_config.json"):
+        (tmp_path / weights).mkdir()
+        (tmp_path / weights / weights).touch()
+        check(checkpoint, tmp_path / weights / "m.onnx")
+        (tmp_path / weights / "generation_config.json").touch()
+        with pytest.raises(UserError, match=r"holds another model, whose generation_config\.json would be lost"):
+            check(checkpoint, tmp_path / weights / "m.onnx", overwrite=True)
+
+
+def test_nothing_of_the_model_before_is_left_beside(checkpoint, tmp_path):
+    """It would be read as the new one's: where texts end, how they are put to it."""
+    left = [tmp_path / name for name in ("generation_config.json", "chat_template.jinja")]
+    for file in (*left, tmp_path / "notes.txt"):
+        file.write_text("before")
+    with pytest.raises(UserError, match=r"generation_config.json exists: .*m.onnx wants a folder that no other model"):
+        check(checkpoint, tmp_path / "m.onnx")
+    check(checkpoint, tmp_path / "m.onnx", overwrite=True)
+    Output.parse(tmp_path / "m.onnx").write(lambda folder: (folder / "m.onnx").write_text("new") and None)
+    assert sorted(os.listdir(tmp_path)) == ["m.onnx", "notes.txt"]
+
+
+def test_a_name_that_is_no_text():
+    with pytest.raises(UserError, match=r"output name 'm\\udcff.onnx' is not UTF-8"):
+        Output.parse(Path(os.fsdecode(b"m\xff.onnx")))
 
 
 @pytest.mark.parametrize("name", ["x" * 201, "ä" * 101 + ".onnx"])
@@ -139,10 +168,16 @@ def test_base_model_is_out_of_bounds(place, checkpoint):
 
 
 @pytest.mark.parametrize(
-    "outs", [("both", "both/m.onnx"), ("both/m.onnx", "both"), ("both", "both/deep/r.safetensors")]
+    "outs",
+    [
+        ("both", "both/m.onnx"),
+        ("both/m.onnx", "both"),
+        ("both", "both/deep/r.safetensors"),
+        ("both.safetensors", "both.safetensors/folder"),
+    ],
 )
 def test_no_output_lies_in_another(outs, checkpoint, tmp_path):
-    with pytest.raises(UserError, match=r"output '.*both/.*' lies in the folder '.*both', another output"):
+    with pytest.raises(UserError, match=r"output '.*both.*/.*' lies in '.*both(.safetensors)?', another output"):
         check(checkpoint, *(tmp_path / out for out in outs), overwrite=True)
 
 

@@ -8,7 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 
+from ir_convert.curve import within_reach
 from ir_convert.errors import UserError
 from ir_convert.routing import Curve, Routing
 
@@ -70,6 +73,27 @@ def test_damaged_and_foreign_files(random_model, tmp_path):
     path.write_bytes(b"nonsense")
     with pytest.raises(UserError, match="cannot read"):
         Routing.load(path)
-    _, _, checkpoint, _ = random_model
+    _, _, checkpoint, routing = random_model
     with pytest.raises(UserError, match="not a routing file"):
         Routing.load(checkpoint.path / "model.safetensors")
+
+    routing.save(path)
+    with safe_open(path, "pt") as file:
+        header, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+    (first, *_) = {name.rsplit(".", 2)[0] for name in tensors if name.startswith("layers.")}
+    for name, damaged in (
+        ("curve.sparsity", None),
+        (f"{first}.router.hidden", None),
+        (f"{first}.forecaster.up", tensors[f"{first}.forecaster.up"][:-1].contiguous()),
+        (f"{first}.router.out_bias", torch.zeros(2)),
+        ("elsewhere", torch.zeros(2)),
+    ):
+        changed = {key: tensor for key, tensor in (tensors | {name: damaged}).items() if tensor is not None}
+        save_file(changed, path, metadata=header)
+        with pytest.raises(UserError, match=r"is damaged.*calibrate again"):
+            Routing.load(path)
+
+
+def test_what_a_message_names_is_within_reach():
+    assert within_reach(0.7998) == 0.799
+    Curve([0.1, 0.7998], [-1.0, 1.0]).at(within_reach(0.7998))

@@ -20,11 +20,11 @@ from ir_convert.units import RoutedUnit
 
 from ..finite import require_finite
 from ..tokenizer import name_class
+from . import CODE
 from .card import model_card
 from .configuration_ir import rope_of_version_4
 from .loader import MODELS
 
-CODE = ("configuration_ir.py", "modeling_ir.py", "informed_ir.py", "attention_ir.py", "routed_ir.py", "control_ir.py")
 ROPE = ("rope_parameters", "rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor")
 SHARD_BYTES = 2 * 10**9
 

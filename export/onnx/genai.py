@@ -21,7 +21,7 @@ _ERRORS_ONLY = 3
 
 def write(checkpoint: Checkpoint, folder: Path, name: str) -> None:
     """Writes ``genai_config.json`` beside the model file ``name``; see ``settings``."""
-    text = json.dumps(settings(checkpoint, name), indent=2)
+    text = json.dumps(settings(checkpoint, name), indent=2, ensure_ascii=False)  # genai knows no escapes
     (folder / FILE).write_text(text + "\n", encoding="utf-8")
 
 

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from ..convert import Conversion
 from ..export.onnx import ops
+from ..files import size_text
 
 
 def summary(conversion: Conversion) -> Table:
@@ -35,7 +36,7 @@ def summary(conversion: Conversion) -> Table:
 
 def written(conversion: Conversion) -> list[str]:
     """Returns the lines after the table: sizes and time. A path that a table breaks over lines could not be copied."""
-    lines = [f"wrote {path}  {_size(size)}" for path, size in conversion.sizes.items()]
+    lines = [f"wrote {path}  {size_text(size)}" for path, size in conversion.sizes.items()]
     routing = conversion.routing
     if (measured := routing.moved_from) is not None:
         lines.append(f"set to {routing.sparsity:.1%} now, which has not been measured: the table is of {measured:.1%}")
@@ -44,7 +45,3 @@ def written(conversion: Conversion) -> list[str]:
     if any(path.suffix == ".onnx" for path in conversion.sizes) and not named and ops.find() is None:
         lines.append(f"ONNX files run faster with native kernels, which are not built yet: {ops.BUILD}")
     return lines
-
-
-def _size(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

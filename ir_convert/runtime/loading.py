@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError
 
 from ..errors import UserError, one_line
 from ..export.onnx.ops import BUILD
+from ..files import onnx_files
 from .gpu import CUDA, cuda
 
 _DTYPES = {
@@ -26,7 +27,7 @@ _WITH_LIBRARY: "WeakSet[ort.SessionOptions]" = WeakSet()  # options that hold a 
 
 def model_file(path: Path) -> Path:
     if path.is_dir():
-        files = sorted(path.glob("*.onnx"))
+        files = onnx_files(path)
         if len(files) != 1:
             raise UserError(f"{path} holds {len(files)} .onnx files: name the one to load")
         return files[0]
@@ -36,9 +37,11 @@ def model_file(path: Path) -> Path:
 
 
 def end_tokens(path: Path) -> frozenset[int]:
-    """Returns the tokens that end a text, by the configuration files beside a model."""
-    for name in ("generation_config.json", "config.json"):
-        file = path.with_name(name)
+    """Returns the tokens that end a text, by the configuration files beside a model; warns where there are none."""
+    files = [path.with_name(name) for name in ("generation_config.json", "config.json")]
+    if not any(file.is_file() for file in files):
+        warnings.warn(f"no config.json lies beside {path}: no token ends a text, unless you give eos_ids", stacklevel=3)
+    for file in files:
         try:
             ids = json.loads(file.read_text("utf-8")).get("eos_token_id") if file.is_file() else None
         except (ValueError, AttributeError) as error:
@@ -137,9 +140,9 @@ def inspect(path: Path) -> Model:
             continue
         data = path.parent / where["location"]
         if not data.is_file():
-            raise UserError(f"{path} needs its weights '{where['location']}' beside it: copy both files together")
+            raise UserError(f"{path} needs its weights '{where['location']}' beside it: copy the folder as a whole")
         if data.stat().st_size < int(where.get("offset", 0)) + int(where.get("length", 0)):
-            raise UserError(f"{data} is shorter than {path.name} says: copy both files together again")
+            raise UserError(f"{data} is shorter than {path.name} says: copy the folder as a whole again")
     caches = [value.type.tensor_type for value in proto.graph.output if value.name.startswith("present.")]
     ((element, head_dim),) = {(cache.elem_type, cache.shape.dim[3].dim_value) for cache in caches}
     functions = {(function.domain, function.name): tuple(function.input) for function in proto.functions}

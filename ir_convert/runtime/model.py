@@ -87,7 +87,7 @@ class OnnxModel:
             raise UserError(f"sparsity {sparsity:g} and threshold {threshold:g} are given: one decides the other")
         if threshold is not None and math.isnan(threshold):
             raise UserError("the threshold is NaN: give a number, -inf for the dense model")
-        path = model_file(Path(path))
+        path = model_file(Path(path).absolute())  # what lies beside it is read when it is asked for
         model_says = inspect(path)
         wanted = choose_providers(providers, path, model_says)
         asked, library = library, choose_library(library, model_says, wanted)
@@ -131,7 +131,7 @@ class OnnxModel:
 
     @cached_property
     def eos_ids(self) -> frozenset[int]:
-        """The tokens that end a text, by the configuration files beside the model."""
+        """The tokens that end a text, by the configuration files beside the model; none, with a warning, without them."""
         return end_tokens(self.path)
 
     def set_sparsity(self, sparsity: float) -> None:

@@ -19,7 +19,7 @@ from ir_convert.checkpoint import Checkpoint
 from ir_convert.errors import UserError
 from ir_convert.export.onnx import write
 from ir_convert.runtime import OnnxModel, loading
-from ir_convert.runtime.loading import inspect, warn_if_slow
+from ir_convert.runtime.loading import end_tokens, inspect, warn_if_slow
 
 
 def test_tokenizer_from_the_folder(base, model, tmp_path):
@@ -64,6 +64,43 @@ def test_what_does_not_load_says_what_to_do(base, tmp_path):
     onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "other", [x], [y])), tmp_path / "other.onnx")
     with pytest.raises(UserError, match="not written by ir-convert"):
         OnnxModel.load(tmp_path / "other.onnx")
+
+
+def test_what_lies_beside_is_read_when_it_is_asked_for(base, tmp_path, monkeypatch):
+    folder = shutil.copytree(base[1], tmp_path / "model")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
+    monkeypatch.chdir(folder)
+    model = OnnxModel.load("ir-tiny.onnx")
+    monkeypatch.chdir("/")
+    assert model.eos_ids == {5, 7}
+    for beside in ("config.json", "generation_config.json"):
+        (folder / beside).unlink(missing_ok=True)
+    with pytest.warns(
+        UserWarning, match="no config.json lies beside .*: no token ends a text, unless you give eos_ids"
+    ):
+        assert not OnnxModel.load(folder).eos_ids
+
+
+@pytest.mark.parametrize("name", ["IR.ONNX", "1/model.onnx"])
+def test_the_one_model_of_a_folder(name, base, tmp_path):
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    shutil.copyfile(base[1] / "ir-tiny.onnx", file)
+    shutil.copyfile(base[1] / "ir-tiny.onnx.data", file.with_name("ir-tiny.onnx.data"))
+    assert OnnxModel.load(tmp_path).path == file
+
+
+def test_the_generation_configurations_end_tokens_come_first(tmp_path):
+    (tmp_path / "config.json").write_text('{"eos_token_id": 2}')
+    assert end_tokens(tmp_path / "m.onnx") == {2}
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": null}')
+    assert end_tokens(tmp_path / "m.onnx") == {2}
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    assert end_tokens(tmp_path / "m.onnx") == {2, 7}
+
+
+def test_threads(base):
+    assert OnnxModel.load(base[1], threads=1).session.get_session_options().intra_op_num_threads == 1
 
 
 LIGHT = """

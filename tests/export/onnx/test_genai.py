@@ -91,7 +91,7 @@ def test_logits_of_the_last_token_alone(share, tmp_path):
     save_random("llama", tmp_path / "base")
     checkpoint = Checkpoint.open(str(tmp_path / "base"))
     (tmp_path / "m").mkdir()
-    write(checkpoint, random_routing(checkpoint), tmp_path / "m", "m.onnx", logits="last")
+    write(checkpoint, random_routing(checkpoint), tmp_path / "m", "größe 1.onnx", logits="last")
     ours = OnnxModel.load(tmp_path / "m", threads=1)
     prompts, expected = random_prompts(ours)
     model = load(tmp_path / "m", share)
