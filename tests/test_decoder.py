@@ -7,6 +7,7 @@ import pytest
 import torch
 from models import random_routing, save_random
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from ir_convert import decoder as module
@@ -105,3 +106,31 @@ def test_logits_of_few_tokens_at_a_time(tmp_path, monkeypatch):
         assert not gradients[:, :, -1].any()
         # Other noise, of the same size.
         assert float(gradients.norm()) == pytest.approx(float(first.norm()), rel=0.3)
+
+
+def test_figures_are_those_of_the_logits(random_model):
+    _, _, checkpoint, routing = random_model
+    decoder = Decoder(checkpoint, torch.device("cpu"))
+    ids = torch.randint(3, 131, (3, 20), generator=torch.Generator().manual_seed(0))
+    quality = measure(decoder, routing.units, ids, [routing.threshold]).quality(1)
+    base, ours = (
+        logits(decoder, routing.units, ids, at)[:, :-1].log_softmax(-1) for at in (-math.inf, routing.threshold)
+    )
+    assert quality.kl == pytest.approx(float((base.exp() * (base - ours)).sum(-1).mean()), rel=1e-4)
+    assert quality.agreement == pytest.approx(float((base.argmax(-1) == ours.argmax(-1)).float().mean()))
+    nll = F.nll_loss(ours.flatten(0, 1), ids[:, 1:].flatten())
+    assert quality.perplexity == pytest.approx(math.exp(nll), rel=1e-4)
+
+
+def test_one_layer_is_in_memory_at_a_time(random_model):
+    _, _, checkpoint, _ = random_model
+    decoder = Decoder(checkpoint, torch.device("cpu"))
+
+    def loaded() -> list[int]:
+        layers = decoder._skeleton.model.layers
+        return [index for index, layer in enumerate(layers) if not all(weight.is_meta for weight in layer.parameters())]
+
+    for index, _ in decoder.layers():
+        assert loaded() == [index]
+    decoder.head()
+    assert loaded() == []

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from calibrations import shorten
+from calibrations import random_blocks, shorten
 from models import save_random
 
 from ir_convert.calibrate import Options, dense
@@ -112,3 +112,25 @@ def test_few_probes_give_the_same_mean(dense_pass, monkeypatch):
     values = torch.tensor(totals) / many
     assert values.std() > 0
     assert abs(float(values.mean()) - 1) < 4 * float(values.std()) / len(totals) ** 0.5 + 0.05
+
+
+@pytest.mark.parametrize("kv_cache", ["full", "strict"])
+def test_routers_learn_the_cost_of_the_mean_rank_by_what_the_unit_saves(kv_cache, dense_pass, monkeypatch):
+    """Also where keys and values are saved as well."""
+    checkpoint, seen, fit = dense_pass[0], [], dense.fit_router
+    shorten(monkeypatch)
+
+    def watched(h, cost, width, share, *rest):
+        seen.append((cost, share))
+        return fit(h, cost, width, share, *rest)
+
+    monkeypatch.setattr(dense, "fit_router", watched)
+    decoder, ids = Decoder(checkpoint, torch.device("cpu")), random_blocks().fit
+    options = Options(rank=4, kv_cache=kv_cache).settled(checkpoint.config)
+    states = dense.run_forward(decoder, ids, Work(), Silent())
+    learnt = dense.run_backward(decoder, ids, len(ids), states, options, Work(), Team(), Silent())
+    budget, ranks = options.budget(checkpoint.config), dense.candidate_ranks(4, checkpoint.config.hidden_size)
+    visited = [(layer, unit) for layer in (2, 1, 0) for unit in options.units]
+    for key, (cost, share) in zip(visited, seen, strict=True):
+        assert torch.equal(cost, learnt[key].costs[ranks.index(4)])
+        assert share == budget.share(key[1])

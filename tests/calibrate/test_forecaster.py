@@ -227,3 +227,13 @@ def test_a_unit_that_adds_nothing():
     for constant in (torch.full_like(h, 0.1), torch.full_like(h, 1e3)):
         w, _, _ = moments(constant, zero).solve(ridge=1e-5)
         assert w.isfinite().all()
+
+
+def test_eigenvectors_of_a_wide_matrix(monkeypatch):
+    """Beyond ``EXACT`` by iteration: the same directions, largest first."""
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(200, 200, generator=generator, dtype=torch.float64)).Q
+    matrix = basis * 0.95 ** torch.arange(200) @ basis.T
+    monkeypatch.setattr(module, "EXACT", 10)
+    found = module.leading_eigenvectors(matrix, 5)
+    torch.testing.assert_close((basis[:, :5] * found).sum(0).abs(), torch.ones(5, dtype=torch.float64))

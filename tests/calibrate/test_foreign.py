@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from models import save_random
 
 from ir_convert.calibrate import Options, calibrate, foreign, local
+from ir_convert.calibrate.threshold import Meter
 from ir_convert.checkpoint import Checkpoint
 
 
@@ -69,3 +70,27 @@ def test_random_blocks_change_the_fit_and_nothing_is_said_of_them(checkpoint, mo
     key = (0, "mlp")
     assert not torch.equal(mixed.units[key].router.hidden, plain.units[key].router.hidden)
     assert mixed.metadata["calibration_sha256"] == plain.metadata["calibration_sha256"]
+
+
+def test_what_is_reported_is_of_the_text(checkpoint, monkeypatch):
+    """Costs and scores of random blocks count nowhere but in the fits."""
+    shorten(monkeypatch)
+    backward, near, seen = local.run_backward, Meter.near, []
+
+    def spoilt(decoder, ids, *rest):
+        learnt, random = backward(decoder, ids, *rest), foreign.foreign(len(ids))
+        for unit in learnt.values():
+            unit.costs.view(len(unit.costs), len(ids), -1)[:, random] = 1e9
+            unit.scores.view(len(ids), -1)[random] = 1e9
+        return learnt
+
+    def watched(self, units, scores, *rest):
+        seen.extend(scores.values())
+        return near(self, units, scores, *rest)
+
+    monkeypatch.setattr(local, "run_backward", spoilt)
+    monkeypatch.setattr(Meter, "near", watched)
+    made = calibrate(checkpoint, random_blocks(), Options(sparsity=0.3))
+    assert all(entry["cost_nats"] < 1e6 for entry in made.metadata["per_unit"])
+    assert seen
+    assert all(scores.max() < 1e6 for scores in seen)

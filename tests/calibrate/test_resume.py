@@ -3,6 +3,7 @@
 import random
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -141,3 +142,15 @@ def test_a_broken_head_is_found(tmp_path, short):
     model.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="NaN or infinity in the gradients"):
         calibrate(Checkpoint.open(str(tmp_path)), random_blocks())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [Options(polish=2), Options(recipe="paper", steps=3, polish=2), Options(recipe="paper", steps=3, lora=True)],
+    ids=["polish", "paper-polish", "lora"],
+)
+def test_end_to_end_on_disk_and_in_memory_are_the_same(options, checkpoint, short, tmp_path):
+    """No step takes another's result for its own."""
+    options = replace(options, sparsity=0.2, rank=3)
+    one = calibrate(checkpoint, random_blocks(), options)
+    assert_same(one, calibrate(checkpoint, random_blocks(), options, work=Work(tmp_path)))

@@ -12,7 +12,7 @@ from models import random_routing, save_random
 from ir_convert.calibrate.threshold import Meter, _rising, score_quantiles
 from ir_convert.checkpoint import Checkpoint
 from ir_convert.decoder import Decoder
-from ir_convert.evaluate import measure
+from ir_convert.evaluate import measure, standard_error
 from ir_convert.families import UNITS
 from ir_convert.flops import Budget
 from ir_convert.progress import Silent
@@ -141,3 +141,17 @@ def test_quantiles_span_the_scores():
     assert quantiles[-1] == scores.max()
     assert quantiles.equal(quantiles.sort().values)
     assert float(quantiles[len(quantiles) // 2]) == pytest.approx(float(scores.median()), abs=0.02)
+
+
+def test_standard_error_is_of_the_mean():
+    assert standard_error(torch.tensor([1.0, 2.0, 3.0, 6.0])) == pytest.approx((14 / 3) ** 0.5 / 2)
+    assert standard_error(torch.tensor([1.0])) == math.inf
+
+
+def test_where_routing_shifts_the_stream_far(checkpoint):
+    """The dense scores do not tell where to look: it goes where the first measurements lead."""
+    decoder, ids = Decoder(checkpoint, torch.device("cpu")), random_blocks().threshold
+    units = random_routing(checkpoint).units
+    meter = Meter(decoder, ids, "full", Work(), Team(), Silent())
+    near = meter.near(units, {key: torch.linspace(-1.2, 0.2, 100) - 2.0 for key in units}, 0.4)
+    assert measure(decoder, units, ids, [near]).quality(1).sparsity == pytest.approx(0.4, abs=0.03)

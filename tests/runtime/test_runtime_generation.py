@@ -15,6 +15,7 @@ from ir_convert.errors import UserError
 from ir_convert.export.onnx import write
 from ir_convert.runtime import OnnxModel
 from ir_convert.runtime.buffers import Buffers
+from ir_convert.runtime.sampling import choose
 
 NO_END: tuple[int, ...] = ()
 
@@ -231,3 +232,32 @@ def test_a_cache_must_be_that_of_the_same_texts(model, prompt):
         model.forward(prompt[:, 8:], past=past[1:])
     logits, _ = model.forward(prompt[:, 8:], np.ones((1, 9)), np.array([[8]]), past)
     np.testing.assert_allclose(logits[:, 0], model.logits(prompt)[:, -1], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ((1.0, None, None), [0.5, 0.3, 0.15, 0.05]),
+        ((2.0, None, None), [0.379, 0.294, 0.208, 0.12]),
+        ((1.0, None, 0.7), [0.625, 0.375, 0, 0]),  # the token that crosses the line stays
+        ((1.0, 3, None), [0.526, 0.316, 0.158, 0]),
+    ],
+)
+def test_samples_are_drawn_by_their_probabilities(settings, expected):
+    logits = np.log([[0.05, 0.5, 0.15, 0.3]]).repeat(4000, axis=0).astype(np.float32)
+    drawn = choose(logits, *settings, np.random.default_rng(0))
+    shares = np.bincount(drawn, minlength=4)[[1, 3, 2, 0]] / 4000
+    np.testing.assert_allclose(shares, expected, atol=0.03)
+    assert (shares[np.array(expected) == 0] == 0).all()
+
+
+def test_a_text_that_has_ended_counts_nowhere(model):
+    """What it is fed is padding: it executes nothing, and what is saved is the other text's."""
+    ids = np.random.default_rng(8).integers(3, 131, (2, 6))
+    free = generate(model, ids, tokens=20)
+    end = int(next(token for token in free[0] if token not in free[1]))
+    alone = [model.saved for _ in model.generate(ids[1:], max_new_tokens=20, eos_ids=())]
+    together = [model.saved for _ in model.generate(ids, max_new_tokens=20, eos_ids=end)]
+    stop = free[0].tolist().index(end) + 1
+    assert len(together) == 20 > stop
+    assert together[stop:] == pytest.approx(alone[stop:], abs=1e-6)

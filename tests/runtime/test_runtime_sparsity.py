@@ -110,3 +110,24 @@ def test_trace(tmp_path):
     }
     assert model.saved == pytest.approx(budget.sparsity(rates), abs=1e-5)
     assert any(0.05 < rate < 0.95 for rate in rates.values())
+
+
+def test_the_innermost_is_in_charge(model):
+    ids = np.random.default_rng(0).integers(3, 131, (1, 300))
+    with model.hold_sparsity(0.4) as outer:
+        model.logits(ids)
+        held = outer.threshold
+        with model.hold_sparsity(0.2):
+            model.logits(ids)
+        assert model.threshold == outer.threshold == held
+        model.logits(ids)
+        assert model.threshold == outer.threshold != held
+
+
+def test_a_call_of_padding_alone_moves_nothing(model):
+    with model.hold_sparsity(0.4) as control:
+        first = model.threshold
+        model.logits(np.array([[5, 7]]), np.zeros((1, 2), int))
+        assert np.isfinite(model.saved)
+        model.logits(np.full((1, 256), 5))
+        assert model.threshold == pytest.approx(first + control.gain * (0.4 - model.saved))

@@ -224,3 +224,11 @@ def test_law():
     assert control.observe(0.75, 1000) == start - 1
     assert control.observe(0.25, 256) == start
     assert SparsityControl(0.0, -math.inf).observe(-0.1, 512) == -math.inf
+
+
+@torch.no_grad()
+def test_what_was_held_is_not_what_is_saved(model):
+    before = model.config.sparsity, model.config.routing_threshold
+    with model.hold_sparsity(0.2):
+        model(tokens(1, 300))
+    assert (model.config.sparsity, model.config.routing_threshold) == before

@@ -157,9 +157,17 @@ def test_gradients_are_finite_and_reach_forecasters(exported):
 
 
 @torch.no_grad()
-def test_under_autocast(exported):
+def test_under_autocast(exported, monkeypatch):
+    batch = padded([9, 4], "left")
     with torch.autocast("cpu", torch.bfloat16):
-        assert exported.model(**padded([9, 4], "left")).logits.isfinite().all()
+        assert exported.model(**batch).logits.isfinite().all()
+    # Where no rounding can turn a decision.
+    for threshold in (-math.inf, math.inf):
+        monkeypatch.setattr(exported.model.config, "routing_threshold", threshold)
+        real, exact = batch["attention_mask"].bool(), exported.model(**batch).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = exported.model(**batch).logits
+        assert (rounded - exact)[real].norm() < 0.05 * exact[real].norm()
 
 
 def test_other_attention_kernels_are_refused(exported):

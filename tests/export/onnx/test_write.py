@@ -20,6 +20,7 @@ import ir_convert
 from ir_convert.checkpoint import Checkpoint
 from ir_convert.errors import UserError
 from ir_convert.export.onnx import write, writer
+from ir_convert.export.onnx.metadata import metadata
 from ir_convert.export.onnx.rotary import frequencies
 from ir_convert.families import UNITS
 from ir_convert.routing import Routing
@@ -242,3 +243,11 @@ def hub_cache(folder: Path, cache: Path) -> Path:
         blob.write_bytes(file.read_bytes())
         (snapshot / file.name).symlink_to(Path("../../blobs") / blob.name)
     return snapshot
+
+
+def test_sparsity_0_is_json(tmp_path):
+    save_random("llama", tmp_path)
+    checkpoint = Checkpoint.open(str(tmp_path))
+    routing = random_routing(checkpoint)
+    said = metadata(checkpoint, replace(routing, metadata=routing.metadata | {"sparsity": 0.0}))
+    assert json.loads(json.dumps(said, allow_nan=False))["threshold"] == "-inf"
