@@ -22,7 +22,7 @@ from .checks import ends_of, mask_of, require_cache, require_count, require_posi
 from .dtypes import NUMPY
 from .library import choose as choose_library
 from .loading import choose_providers, end_tokens, inspect, model_file, open_session, warn_if_slow
-from .sampling import choose
+from .sampling import choose, require_numbers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -125,9 +125,12 @@ class OnnxModel:
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(self.path.parent, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(self.path.parent, trust_remote_code=False)
         except Exception as error:  # tokenizers' exceptions share no base class of their own
             raise UserError(f"the tokenizer beside {self.path} does not load: {one_line(error)}") from error
+        if tokenizer.pad_token is None:  # as Llama 3's; any will do, for masks say where padding is
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
 
     @cached_property
     def eos_ids(self) -> frozenset[int]:
@@ -283,7 +286,9 @@ class OnnxModel:
             feed = self._feed(text if self._passes_bound(mask) else tokens, mask)
             outputs = buffers.run(feed, mask.shape[1] if self._beyond_bound(mask) else chunk_size)
             self._observe(outputs, feed)
-            choice = choose(outputs["logits"][:, -1].astype(np.float32), temperature, top_k, top_p, generator)
+            logits = outputs["logits"][:, -1].astype(np.float32)
+            require_numbers(logits[~ended])
+            choice = choose(logits, temperature, top_k, top_p, generator)
             tokens = np.where(ended, tokens[:, -1], choice)[:, None]
             yield tokens[:, 0].copy()  # the caller's own
             ended |= np.isin(tokens[:, 0], ends)

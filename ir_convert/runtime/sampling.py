@@ -3,6 +3,16 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import UserError
+
+
+def require_numbers(logits: NDArray) -> None:
+    """Raises UserError where ``logits[..., vocab]`` hold NaN, of which a maximum would take the place for a token."""
+    if np.isnan(logits.max(axis=-1)).any():
+        raise UserError(
+            "the model gives NaN in place of logits: float16 may not hold its activations; convert with --dtype float32"
+        )
+
 
 def choose(
     logits: NDArray, temperature: float, top_k: int | None, top_p: float | None, generator: np.random.Generator

@@ -261,3 +261,18 @@ def test_a_text_that_has_ended_counts_nowhere(model):
     stop = free[0].tolist().index(end) + 1
     assert len(together) == 20 > stop
     assert together[stop:] == pytest.approx(alone[stop:], abs=1e-6)
+
+
+def test_what_is_no_number_is_no_token(model, monkeypatch):
+    def overflowed(self: Buffers, *given: object) -> dict[str, np.ndarray]:
+        outputs = run(self, *given)
+        logits = outputs["logits"].copy()
+        logits[1, -1, 7] = np.nan
+        return outputs | {"logits": logits}
+
+    run = Buffers.run
+    monkeypatch.setattr(Buffers, "run", overflowed)
+    ids = np.random.default_rng(0).integers(3, 131, (2, 6))
+    for temperature in (0.0, 1.0):
+        with pytest.raises(UserError, match="gives NaN in place of logits"):
+            generate(model, ids, tokens=2, temperature=temperature)

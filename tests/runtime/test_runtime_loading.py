@@ -32,6 +32,11 @@ def test_tokenizer_from_the_folder(base, model, tmp_path):
         tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, "[UNK]"))
     ).save_pretrained(folder)
     assert OnnxModel.load(folder).tokenizer("a").input_ids == [0]
+    loaded = PreTrainedTokenizerFast.from_pretrained(folder)
+    loaded.add_special_tokens({"eos_token": "a"})
+    loaded.save_pretrained(folder)
+    padded = OnnxModel.load(folder).tokenizer(["aa", "a"], padding=True, padding_side="left")
+    assert padded.attention_mask == [[1, 1], [0, 1]]
 
 
 def test_what_does_not_load_says_what_to_do(base, tmp_path):
