@@ -27,16 +27,15 @@ def alone(outputs: Sequence[Output]) -> Iterator[None]:
 @contextmanager
 def _locked(output: Output) -> Iterator[None]:
     path = output.path.parent / f".{output.path.name}.work.lock"
-    with _taken(path, output) as lock:
+    with _opened(path, output) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when the process ends, however it ends
-            # Its last holder may have removed it since it was opened: then it keeps nobody away.
-            mine = path.exists() and os.path.samestat(path.stat(), os.fstat(lock.fileno()))
+            others = not _is_at(lock, path)  # its last holder may have removed it since it was opened
         except BlockingIOError:
-            mine = False
+            others = True
         except OSError:  # a file system without locks
-            mine = True
-        if not mine:
+            others = False
+        if others:
             raise UserError(f"another run is making {output.path}: wait for it, or name another output")
         try:
             yield
@@ -44,7 +43,14 @@ def _locked(output: Output) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-def _taken(path: Path, output: Output) -> IO[str]:
+def _is_at(file: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def _opened(path: Path, output: Output) -> IO[str]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path.open("w")

@@ -203,7 +203,7 @@ def _replaceable(output: Output) -> bool:
 
 def _others(output: Output) -> list[str]:
     """Returns what lies in a checkpoint's folder and is not of those that ir-convert writes."""
-    own = {"README.md", "routing.safetensors", "__pycache__", INDEX, *BESIDE, *CODE}
+    own = {"README.md", "routing.safetensors", "config.json", "__pycache__", INDEX, *COPIED, *CODE}
     names = [path.name for path in output.path.iterdir()] if output.kind == "hf" else []
     return sorted(
         name for name in names if name not in own and not re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", name)
