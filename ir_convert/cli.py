@@ -154,7 +154,8 @@ def convert(model: str, out: tuple[Path, ...], units: str, **options: object) ->
     conversion = pipeline(model, out, units=kinds, report=Bars(console), **options)  # type: ignore[arg-type]
     if conversion.sizes:
         try:
-            Console().print(summary(conversion))
+            if conversion.routing.measured:
+                Console().print(summary(conversion))
             for line in written(conversion):
                 click.echo(line)
         except (OSError, UnicodeError) as error:  # a full disk, a terminal of ASCII

@@ -263,9 +263,7 @@ def _outputs(paths: Sequence[Path], target: str) -> list[Output]:
 def _reuse(path: Path, checkpoint: Checkpoint, sparsity: float | None) -> Routing:
     """Reads a routing file made for this very model, and moves its dial to another sparsity if asked."""
     routing = Routing.load(path)
-    if absent := [
-        name for name in ("base_model", "weights_sha256", "sparsity", "test") if name not in routing.metadata
-    ]:
+    if absent := [name for name in ("base_model", "weights_sha256", "sparsity") if name not in routing.metadata]:
         raise UserError(f"the routing file {path} is damaged (its metadata has no {absent[0]}): calibrate again")
     if (made_for := routing.metadata["weights_sha256"]) != checkpoint.weights_sha256:
         raise UserError(

@@ -58,9 +58,14 @@ class Routing:
         return self.metadata["sparsity"]
 
     @property
+    def measured(self) -> bool:
+        """Whether the metadata hold figures on held-out text, as all that a calibration gives do."""
+        return "test" in self.metadata
+
+    @property
     def moved_from(self) -> float | None:
         """The sparsity that the figures in the metadata are of, where the dial was moved afterwards; None where it was not."""
-        asked = self.metadata["test"]["asked"]
+        asked = self.metadata["test"]["asked"] if self.measured else self.sparsity
         return asked if asked != self.sparsity else None
 
     @property

@@ -7,11 +7,12 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from models import save_random
+from models import random_routing, save_random
 from trained import TINY
 
 from ir_convert import cli, report
@@ -217,6 +218,20 @@ def test_one_calibration_serves_every_target(run, converted, tmp_path):
     assert "Asked for: 50.0%" in card
     assert "| on held-out text, set to 25.0% | dense | routed |" in card
     assert str(converted.checkpoint.path.parent) not in out + card + json.dumps(again.metadata)
+
+
+def test_a_routing_file_with_less_to_say(run, base, tmp_path):
+    """Without figures none are shown; without what says whose it is, it is of no use."""
+    routing, path = random_routing(Checkpoint.open(str(base))), tmp_path / "r.safetensors"
+    assert not routing.measured
+    routing.save(path)
+    code, out, err = run(base, "--routing", path, "--out", tmp_path / "m.safetensors", "--sparsity", "0.2")
+    assert (code, out.startswith("wrote")) == (0, True), err
+    for name in ("base_model", "weights_sha256", "sparsity"):
+        replace(routing, metadata={key: said for key, said in routing.metadata.items() if key != name}).save(path)
+        code, _, err = run(base, "--routing", path, "--out", tmp_path / "n.safetensors")
+        assert (code, err.count("\n")) == (2, 1)
+        assert f"is damaged (its metadata has no {name}): calibrate again" in err
 
 
 def test_what_routing_takes_the_place_of_is_refused(run, converted, tmp_path):

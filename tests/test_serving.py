@@ -14,14 +14,14 @@ from ir_convert.runtime import OnnxModel
 
 @pytest.fixture(scope="module")
 def served(converted, tmp_path_factory):
-    """(the folder that holds ``served``, the text that our runtime writes)."""
+    """(the folder that holds ``served``; what our runtime makes of it: text, continuation, what the last step saved)."""
     folder = tmp_path_factory.mktemp("serving")
     (folder / "served").mkdir()
     write(converted.checkpoint, converted.routing, folder / "served", "ir-qwen.onnx")
     model = OnnxModel.load(folder / "served")
     ids = model.tokenizer(PROMPT)["input_ids"]
     new = [int(step[0]) for step in model.generate(np.array([ids]), max_new_tokens=NEW)]
-    return folder, model.tokenizer.decode(ids + new), model.tokenizer.decode(new)
+    return folder, model.tokenizer.decode(ids + new), model.tokenizer.decode(new), model.saved
 
 
 def execute(heading, folder, monkeypatch) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def run(heading, folder, monkeypatch, capsys) -> str:
 
 
 def test_own_runtime(served, monkeypatch, capsys):
-    folder, _, _ = served
+    folder, *_ = served
     lines = run("ONNX Runtime, with `ir_convert.runtime`", folder, monkeypatch, capsys).splitlines()
     assert len(lines) == NEW
     assert all("% saved" in line for line in lines)
@@ -48,12 +48,12 @@ def test_own_runtime(served, monkeypatch, capsys):
 
 
 def test_onnx_runtime(served, monkeypatch, capsys):
-    folder, text, _ = served
+    folder, text, *_ = served
     assert run("ONNX Runtime", folder, monkeypatch, capsys).rstrip("\n") == text.rstrip("\n")
 
 
 def test_native_kernels(served, library, monkeypatch):
-    folder, _, _ = served
+    folder, *_ = served
     shutil.copy(library, folder / "served" / "libir_ops.so")
     names = execute("Native kernels", folder, monkeypatch)
     model = OnnxModel.load(folder / "served", library=library)
@@ -72,7 +72,7 @@ def test_native_kernels(served, library, monkeypatch):
 
 
 def test_genai(served, monkeypatch, capsys):
-    folder, _, continuation = served
+    folder, _, continuation, last = served
     said, _, saved = run("onnxruntime-genai", folder, monkeypatch, capsys).rpartition("\nsaved in the last step: ")
     assert said == continuation
-    assert -1 < float(saved.strip("[] \n")) < 1
+    assert float(saved.strip("[] \n")) == pytest.approx(last, abs=1e-4)
