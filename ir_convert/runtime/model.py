@@ -287,7 +287,7 @@ class OnnxModel:
             outputs = buffers.run(feed, mask.shape[1] if self._beyond_bound(mask) else chunk_size)
             self._observe(outputs, feed)
             logits = outputs["logits"][:, -1].astype(np.float32)
-            require_numbers(logits[~ended])
+            require_numbers(logits, ~ended)
             choice = choose(logits, temperature, top_k, top_p, generator)
             tokens = np.where(ended, tokens[:, -1], choice)[:, None]
             yield tokens[:, 0].copy()  # the caller's own

@@ -6,9 +6,9 @@ from numpy.typing import NDArray
 from ..errors import UserError
 
 
-def require_numbers(logits: NDArray) -> None:
-    """Raises UserError where ``logits[..., vocab]`` hold NaN, of which a maximum would take the place for a token."""
-    if np.isnan(logits.max(axis=-1)).any():
+def require_numbers(logits: NDArray, rows: NDArray) -> None:
+    """Raises UserError where those ``rows[B]`` of ``logits[B, vocab]`` hold NaN, whose place would be taken for a token."""
+    if np.isnan(logits.max(axis=-1)[rows]).any():  # logits[rows] would be a copy in every step
         raise UserError(
             "the model gives NaN in place of logits: float16 may not hold its activations; convert with --dtype float32"
         )
