@@ -1,15 +1,12 @@
 """Some fit blocks hold random tokens."""
 
-import pytest
 import torch
 from calibrations import random_blocks, shorten
 from hypothesis import given
 from hypothesis import strategies as st
-from models import save_random
 
 from ir_convert.calibrate import Options, calibrate, foreign, local
 from ir_convert.calibrate.threshold import Meter
-from ir_convert.checkpoint import Checkpoint
 
 
 @given(
@@ -49,13 +46,6 @@ def test_none_where_it_is_turned_off(monkeypatch):
     monkeypatch.setattr(foreign, "EVERY", 0)
     fit = torch.randint(9, (13, 4))
     assert torch.equal(foreign.with_foreign(fit, torch.tensor([99]), 0), fit)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    save_random("llama", path)
-    return Checkpoint.open(str(path))
 
 
 def test_random_blocks_change_the_fit_and_nothing_is_said_of_them(checkpoint, monkeypatch):

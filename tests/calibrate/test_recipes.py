@@ -30,13 +30,6 @@ RECIPES = {
 }
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Checkpoint:
-    path = tmp_path_factory.mktemp("recipes") / "model"
-    save_random("llama", path)
-    return Checkpoint.open(str(path))
-
-
 CASES = [(recipe, "llama") for recipe in RECIPES] + [
     *(
         ("local", family)

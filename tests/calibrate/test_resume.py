@@ -24,13 +24,6 @@ VARIANTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    save_random("llama", path)
-    return Checkpoint.open(str(path))
-
-
 @pytest.fixture
 def short(monkeypatch):
     shorten(monkeypatch)

@@ -5,20 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 from calibrations import random_blocks, shorten
-from models import save_random
 
 from ir_convert.calibrate import Options, calibrate, endtoend, foreign, local, recipes
-from ir_convert.checkpoint import Checkpoint
 from ir_convert.decoder import Decoder
 from ir_convert.evaluate import measure
 from ir_convert.stream import routed
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    save_random("llama", path)
-    return Checkpoint.open(str(path))
 
 
 @pytest.fixture(autouse=True)
