@@ -4,11 +4,11 @@ import os
 import shutil
 from pathlib import Path
 
-import onnx_ir as ir
 import pytest
 import torch
 from filelock import FileLock
 from models import CONFIGS, make_random
+from quicker_export import install
 from trained import Converted
 
 from ir_convert.errors import UserError
@@ -23,18 +23,7 @@ torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 LONGEST = ("test_quality.py", "test_job.py", "test_without_gpu.py", "test_attention.py")
 
-_signature, _signatures = ir.schemas.OpSignature.from_op_schema, {}
-
-
-def _known_signature(schema):
-    """Reads an operator's signature once: onnxscript does so for every node, a third of the time that a small export takes."""
-    key = schema.domain, schema.name, schema.since_version
-    if key not in _signatures:
-        _signatures[key] = _signature(schema)
-    return _signatures[key]
-
-
-ir.schemas.OpSignature.from_op_schema = _known_signature
+install()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
