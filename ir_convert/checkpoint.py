@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import re
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,12 +21,12 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from . import experts, rope, wrapper
 from .errors import UserError, one_line
 from .families import UNITS, Family, family_of, projection_sizes
-from .files import TOKENIZER_FILES, expanded
+from .files import TEMPLATES, TOKENIZER_FILES, expanded
 from .integrity import ROTARY, require_whole
 from .model_folder import ADAPTER, download, shards_of, why_no_config
 from .supported import require_supported
 
-COPIED = ("generation_config.json", *TOKENIZER_FILES)  # from the base model to what is written
+COPIED = ("generation_config.json", *TOKENIZER_FILES, TEMPLATES)  # from the base model to what is written
 
 # Low-rank changes by weight name: A ``[rank, in]`` and B ``[out, rank]``; the changed weight is W + B A.
 Lora = dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -227,6 +228,19 @@ class Checkpoint:
     def files(self, names: Iterable[str]) -> list[Path]:
         """Returns those of the named files that the folder has."""
         return [self.path / name for name in names if (self.path / name).is_file()]
+
+    @property
+    def copied(self) -> list[str]:
+        """The names of those files of ``COPIED`` that the folder has."""
+        templates = sorted((self.path / TEMPLATES).glob("*.jinja"))
+        files = [*self.files(COPIED), *(file for file in templates if file.is_file())]
+        return [file.relative_to(self.path).as_posix() for file in files]
+
+    def copy_to(self, folder: Path) -> None:
+        """Copies them into another folder."""
+        for name in self.copied:
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(self.path / name, folder / name)
 
     def sha256(self, names: Iterable[str]) -> str:
         """SHA-256 over those of the named files that the folder has, in the order of their names."""

@@ -18,7 +18,7 @@ from . import __version__
 from .calibrate import Options, calibrate
 from .calibrate.calibrate import check_reachable
 from .calibrate.estimate import estimate
-from .checkpoint import COPIED, Checkpoint
+from .checkpoint import Checkpoint
 from .choices import LOGITS
 from .data import Blocks, Source, read_blocks
 from .errors import UserError, one_line
@@ -169,7 +169,7 @@ def convert(
         | {"vocabulary": sha256(checkpoint.vocabulary.numpy().tobytes()).hexdigest()}
         | {"--device": processor.type, "number of processes": team.size}
         | quantisation.calibrated(),
-        {"--dtype": dtype, "--trace": trace, "--logits": logits, "copied": checkpoint.sha256(COPIED)}
+        {"--dtype": dtype, "--trace": trace, "--logits": logits, "copied": checkpoint.sha256(checkpoint.copied)}
         | quantisation.stored(),
     )
     done = [] if restart else [output for output in outputs if job.did(output, checkpoint)]

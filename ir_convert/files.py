@@ -18,6 +18,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+TEMPLATES = "additional_chat_templates"  # a folder: those that have names, for tools, say
 
 
 def expanded(path: Path) -> Path:

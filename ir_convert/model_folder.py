@@ -32,7 +32,8 @@ def download(model: str) -> Path:
             snapshot_download(
                 model,
                 allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"],
-                ignore_patterns=["consolidated*", "*/*"],  # the same weights once more, in other formats
+                # In other folders are the same weights once more, in other formats; and chat templates.
+                ignore_patterns=["consolidated*", *(f"*/*.{kind}" for kind in ("safetensors", "json", "txt"))],
             )
         )
     except Exception as error:  # what the Hub, a proxy and the network make it raise shares no base class

@@ -88,7 +88,7 @@ class Output:
         """Returns what the output puts beside other files of the user's; a folder is one thing."""
         if self.kind != "onnx":
             return [self.path]
-        beside = ["config.json", "genai_config.json", *_copied(checkpoint)]
+        beside = ["config.json", "genai_config.json", *checkpoint.copied]
         names = [*beside, self.routing_file.name, f"{self.path.name}.data", self.path.name]
         return [self.path.parent / name for name in names]
 
@@ -96,15 +96,15 @@ class Output:
         """Tells whether the output stands there, and lacks no file without which it is of no use."""
         needed = self.files(checkpoint)
         if self.kind == "hf":
-            needed = [self.path / name for name in ("config.json", *CODE, *_copied(checkpoint))]
+            needed = [self.path / name for name in ("config.json", *CODE, *checkpoint.copied)]
             try:
                 shards_of(self.path)  # the weights that it names are there
             except UserError:
                 return False
         elif self.kind == "triton":
             model = self.path / self.model_file
-            beside = ("config.json", *_copied(checkpoint), f"{model.name}.data")
-            needed = [self.path / "config.pbtxt", model, *(model.with_name(name) for name in beside)]
+            beside = ("config.json", *checkpoint.copied, f"{model.name}.data")
+            needed = [self.path / "config.pbtxt", model, *(model.parent / name for name in beside)]
         return all(file.exists() for file in (self.routing_file, *needed))
 
     def write(self, fill: Callable[[Path], None]) -> int:
@@ -132,7 +132,7 @@ class Output:
                 # The file that the user named goes first and comes last: where it is, the others are, and of its kind.
                 self.path.unlink(missing_ok=True)
                 for name in BESIDE if self.kind == "onnx" else ():
-                    (self.path.parent / name).unlink(missing_ok=True)  # a model's before it may have had more of them
+                    _remove(self.path.parent / name)  # a model's before it may have had more of them
                 for file in sorted(partial.iterdir(), key=lambda file: file.name == self.path.name):
                     file.replace(self.path.parent / file.name)
         except (OSError, SafetensorError) as error:
@@ -210,9 +210,11 @@ def _others(output: Output) -> list[str]:
     )
 
 
-def _copied(checkpoint: Checkpoint) -> list[str]:
-    """Returns the names of what is copied from the base model."""
-    return [file.name for file in checkpoint.files(COPIED)]
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _is_text(name: str) -> bool:

@@ -338,6 +338,7 @@ def test_what_is_downloaded(monkeypatch, folder):
     )
     Checkpoint.open("some/model")
     names = ["model-00001-of-00002.safetensors", "config.json", "tokenizer.model", "chat_template.jinja", "merges.txt"]
+    names.append("additional_chat_templates/tool_use.jinja")
     others = ["consolidated.safetensors", "original/params.json", "onnx/model.safetensors", "modeling.py", "model.bin"]
     assert list(filter_repo_objects(names + others, **asked)) == names
 

@@ -7,12 +7,16 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from models import save_random
+from models import random_routing, save_random
 from safetensors import SafetensorError
 
 from ir_convert.checkpoint import Checkpoint
 from ir_convert.errors import UserError
+from ir_convert.files import TEMPLATES
 from ir_convert.outputs import Output, check_outputs
+from ir_convert.progress import Silent
+from ir_convert.quantisation import Quantisation
+from ir_convert.writing import Writing
 
 
 @pytest.fixture(scope="module")
@@ -106,11 +110,32 @@ def test_nothing_of_the_model_before_is_left_beside(checkpoint, tmp_path):
     left = [tmp_path / name for name in ("generation_config.json", "chat_template.jinja")]
     for file in (*left, tmp_path / "notes.txt"):
         file.write_text("before")
+    (tmp_path / TEMPLATES).mkdir()
+    (tmp_path / TEMPLATES / "tool_use.jinja").write_text("before")
     with pytest.raises(UserError, match=r"generation_config.json exists: .*m.onnx wants a folder that no other model"):
         check(checkpoint, tmp_path / "m.onnx")
     check(checkpoint, tmp_path / "m.onnx", overwrite=True)
     Output.parse(tmp_path / "m.onnx").write(lambda folder: (folder / "m.onnx").write_text("new") and None)
     assert sorted(os.listdir(tmp_path)) == ["m.onnx", "notes.txt"]
+
+
+@pytest.mark.parametrize(("name", "inside"), [("m.onnx", ""), ("m", ""), ("m", "1")])
+def test_named_chat_templates_come_along(checkpoint, tmp_path, name, inside):
+    base = shutil.copytree(checkpoint.path, tmp_path / "base")
+    (base / TEMPLATES).mkdir()
+    (base / TEMPLATES / "tool_use.jinja").write_text("tools: {{ tools }}")
+    checkpoint = Checkpoint.open(str(base))
+    (tmp_path / "there").mkdir()
+    output = Output.parse(tmp_path / "there" / name, "triton" if inside else "hf")
+    place = output.path if output.is_folder else output.path.parent
+    assert not output.is_whole(checkpoint)
+    for _ in range(2):  # the second replaces the first
+        writing = Writing([output], "auto", Quantisation(), trace=False, logits="all", overwrite=True)
+        writing.write(checkpoint, random_routing(checkpoint), Silent())
+        assert (place / inside / TEMPLATES / "tool_use.jinja").read_text() == "tools: {{ tools }}"
+        assert output.is_whole(checkpoint)
+    (place / inside / TEMPLATES / "tool_use.jinja").unlink()
+    assert not output.is_whole(checkpoint)
 
 
 def test_a_name_that_is_no_text():

@@ -9,6 +9,8 @@ from transformers.models.llama.modeling_llama import repeat_kv, rotate_half
 
 from .routed_ir import RoutedUnit, Where
 
+KERNELS = "sdpa", "eager", "paged|eager"
+
 
 class RoutedAttention(RoutedUnit):
     """Mixed in before a family's attention."""
@@ -45,8 +47,9 @@ class RoutedAttention(RoutedUnit):
         """
         h = self.seen(hidden_states)
         where = self.executed(h)
-        every = where is None
-        if every and self.strict and past_key_values is not None:  # the cache may hold gaps
+        every, paged = where is None, kwargs.get("cache")
+        # A strict cache may hold gaps; transformers' own attention over a paged cache knows no soft cap.
+        if every and (paged is not None or (self.strict and past_key_values is not None)):
             rows, columns = hidden_states.new_ones(hidden_states.shape[:2]).nonzero(as_tuple=True)
             where = rows, columns
         if where is None:
@@ -58,7 +61,7 @@ class RoutedAttention(RoutedUnit):
                 **kwargs,
             )
             return self.finished(output), weights
-        if self.config._attn_implementation not in ("sdpa", "eager"):
+        if self.config._attn_implementation not in KERNELS:
             raise ValueError(f"routed attention runs with 'sdpa' or 'eager', not '{self.config._attn_implementation}'")
         if kwargs.get("output_attentions") or getattr(self.config, "output_attentions", False):
             raise ValueError(
@@ -76,6 +79,8 @@ class RoutedAttention(RoutedUnit):
             # Version 4 of transformers places the tokens in a static cache by these.
             place = {"sin": sin, "cos": cos, "cache_position": kwargs.get("cache_position")}
             keys, values = past_key_values.update(keys, values, self.layer_idx, place)
+        elif paged is not None:  # continuous batching: texts of all lengths in one row, and where they lie
+            keys, values = paged.update(keys, values, self.layer_idx, kwargs)
         if len(where[0]):
             queries = self._heads("q", hidden_states[where])
             if rotated:

@@ -59,10 +59,27 @@ class RoutingStatistics:
             count.tokens = count.executed = count.routed = 0
 
 
+@dataclass(eq=False)
+class Held:
+    """One that holds a sparsity, and where the dial was before it: sparsity and threshold."""
+
+    control: SparsityControl
+    before: tuple[Any, Any]
+
+
 def require_no_scores_of_experts(asked: bool) -> None:
     """Raises ValueError where they are asked for: approximated tokens have none."""
     if asked:
         raise ValueError("output_router_logits is not supported: approximated tokens have no scores of experts")
+
+
+def hand_norms_over(layer: Any, _: Any) -> None:
+    """A hook before a layer's forward: its units apply the norms after them, or what an adapter has put in their place."""
+    for module, unit in UNITS.items():
+        place = getattr(layer, module)
+        for routed in [place] if isinstance(place, RoutedUnit) else place.modules():
+            if isinstance(routed, RoutedUnit):
+                routed.take_post_norm(getattr(layer, POST_NORMS[unit]))
 
 
 class InformedRouting:
@@ -84,6 +101,8 @@ class InformedRouting:
         require_no_scores_of_experts(getattr(config, "output_router_logits", False))
         super().__init__(config)  # type: ignore[call-arg]
         for index, layer in enumerate(self.model.layers):
+            if self.post_norm is not None:
+                layer.register_forward_pre_hook(hand_norms_over)
             for module, unit in UNITS.items():
                 if config.routing_shape(index, unit):
                     routed = (self.attention if unit == "attention" else self.mlp)(config, index)
@@ -91,8 +110,7 @@ class InformedRouting:
                     if self.post_norm is not None:
                         norm = self.post_norm(config.hidden_size, eps=config.rms_norm_eps)
                         setattr(layer, POST_NORMS[unit], norm)
-                        routed.take_post_norm(norm)
-        self._controls: list[SparsityControl] = []  # the last one is in charge
+        self._held: list[Held] = []  # the last one is in charge
         self._keep_in_fp32_modules_strict: Any = {"score"}
         self._keep_in_fp32_modules: Any = {"score"}  # whoever quantizes leaves out these
         self.post_init()
@@ -107,7 +125,10 @@ class InformedRouting:
 
     @contextmanager
     def routing_statistics(self) -> Iterator[RoutingStatistics]:
-        """Counts decisions inside a ``with`` block: ``with model.routing_statistics() as seen: ...; seen.sparsity``."""
+        """Counts decisions inside a ``with`` block: ``with model.routing_statistics() as seen: ...; seen.sparsity``.
+
+        All calls of the model count, from whichever thread.
+        """
         units = {
             (index, unit): getattr(layer, module)
             for index, layer in enumerate(self.model.layers)
@@ -131,8 +152,8 @@ class InformedRouting:
     def hold_sparsity(self, sparsity: float, gain: float = GAIN) -> Iterator[SparsityControl]:
         """Inside a ``with`` block, moves the threshold as text drifts, so that what is saved stays at ``sparsity``.
 
-        Before each call it is put where the calls before have led it. ``set_sparsity`` inside gives it another aim; of nested
-        blocks the innermost is in charge.
+        Before each call it is put where the calls before have led it, by a step every 256 tokens. ``set_sparsity`` inside gives
+        it another aim; of several blocks the one that began last is in charge, for the model has one dial in all its threads.
 
         Args:
             sparsity: the share of FLOPs to save.
@@ -141,8 +162,8 @@ class InformedRouting:
         Raises:
             ValueError: negative, or more than the routing reaches; a gain that is not positive.
         """
-        before = self.config.sparsity, self.config.routing_threshold
         control = SparsityControl(sparsity, 0.0, gain)
+        held = Held(control, (self.config.sparsity, self.config.routing_threshold))
         self.set_sparsity(sparsity)
         control.start(sparsity, float(self.config.routing_threshold))
         placed = self.config.routing_threshold  # where the control, and nobody else, has put it
@@ -152,23 +173,27 @@ class InformedRouting:
                 # Not after a call: what gradient checkpointing computes again needs the threshold of the first time.
                 nonlocal placed
                 seen.clear()  # of calls that failed, of what was computed again, and of those that another control led
-                if self._controls[-1] is control:
+                if self._held[-1] is held:
                     if self.config.routing_threshold != placed:  # the dial was moved
                         control.start(self.config.sparsity, float(self.config.routing_threshold))
                     placed = control.threshold if math.isfinite(control.threshold) else str(control.threshold)
                     self.config.routing_threshold = placed
 
             def end(*_: Any) -> None:
-                if self._controls[-1] is control:
+                if self._held[-1] is held:
                     control.observe(seen.sparsity, seen.tokens)
 
             # At the decoder: wrappers such as adapters may pass the outer module's hooks by.
             hooks = [self.model.register_forward_pre_hook(begin), self.model.register_forward_hook(end)]
-            self._controls.append(control)
+            self._held.append(held)
             try:
                 yield control
             finally:
-                self._controls.remove(control)
                 for hook in hooks:
                     hook.remove()
-                self.config.sparsity, self.config.routing_threshold = before
+                place = self._held.index(held)
+                if held is self._held[-1]:
+                    self.config.sparsity, self.config.routing_threshold = held.before
+                else:  # one that began later, in another thread, will put the dial back
+                    self._held[place + 1].before = held.before
+                del self._held[place]

@@ -99,7 +99,7 @@ class RoutedUnit(nn.Module):
     counts: list[Count]  # one for everyone who observes, see ``routing_statistics``
     config: Any
     normed = True  # whether the layer has a norm before the unit
-    post_norm: PostNorm | None = None
+    post_norm: nn.Module | None = None  # the one that follows, in families that have one
     multiplier = 1.0  # by which the layer multiplies what comes from here
 
     def add_routing(self, config: Any, layer: int, unit: str) -> None:
@@ -109,7 +109,7 @@ class RoutedUnit(nn.Module):
         self.router = Router(config.hidden_size, width)
         self.multiplier = getattr(config, "residual_multiplier", 1.0)
 
-    def take_post_norm(self, norm: PostNorm) -> None:
+    def take_post_norm(self, norm: nn.Module) -> None:
         """Takes over the norm that follows in the layer, whose weight it stays."""
         object.__setattr__(self, "post_norm", norm)  # not as a submodule: one weight has one name
 

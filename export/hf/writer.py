@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from ir_convert import __version__
 from ir_convert.checkpoint import Checkpoint
 from ir_convert.families import UNITS
-from ir_convert.files import TOKENIZER_FILES, sync
+from ir_convert.files import sync
 from ir_convert.model_folder import INDEX, SINGLE
 from ir_convert.rope import all_rope_parameters
 from ir_convert.routing import Routing
@@ -64,13 +64,12 @@ def write(
     _write_json(folder / "config.json", _config(checkpoint, routing, dtype))
     for name in CODE:
         shutil.copyfile(Path(__file__).with_name(name), folder / name)
-    for file in checkpoint.files(("generation_config.json", *TOKENIZER_FILES)):
-        shutil.copyfile(file, folder / file.name)
+    checkpoint.copy_to(folder)
     name_class(checkpoint, folder)
     (folder / "README.md").write_text(model_card(checkpoint, routing), "utf-8")
     routing.save(folder / "routing.safetensors")
     _write_shards(_tensors(checkpoint, routing, dtype, on_progress), folder, shard_bytes)
-    for path in (*folder.iterdir(), folder):
+    for path in (*folder.rglob("*"), folder):
         sync(path)
 
 

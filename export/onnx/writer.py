@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from ir_convert.checkpoint import Checkpoint
 from ir_convert.errors import UserError
 from ir_convert.families import experts_of, onnx_unsupported
-from ir_convert.files import TOKENIZER_FILES, sync
+from ir_convert.files import sync
 from ir_convert.routing import Routing
 
 from ..tokenizer import name_class
@@ -104,12 +104,12 @@ def write(
         callback=report,
         max_workers=WORKERS,
     )
-    for file in checkpoint.files(("config.json", "generation_config.json", *TOKENIZER_FILES)):
-        shutil.copyfile(file, folder / file.name)
+    shutil.copyfile(checkpoint.path / "config.json", folder / "config.json")
+    checkpoint.copy_to(folder)
     if checkpoint.inside:  # runtimes are to see a model of text alone
         (folder / "config.json").write_text(json.dumps(checkpoint.written_config, indent=2) + "\n", "utf-8")
         name_class(checkpoint, folder)
     genai.write(checkpoint, folder, name)
     routing.save(folder / f"{Path(name).stem}.routing.safetensors")
-    for path in [*folder.iterdir(), folder]:
+    for path in [*folder.rglob("*"), folder]:
         sync(path)

@@ -92,6 +92,21 @@ def test_the_innermost_is_in_charge(model):
 
 
 @torch.no_grad()
+def test_blocks_that_do_not_end_in_the_order_they_began(model):
+    """As those of two threads, each of which answers a request."""
+    before = model.config.sparsity, model.config.routing_threshold
+    first, second = model.hold_sparsity(0.4), model.hold_sparsity(0.2)
+    first.__enter__()
+    control = second.__enter__()
+    first.__exit__(None, None, None)
+    for seed in range(3):
+        model(tokens(1, 300, seed=seed))
+    assert control.sparsity == 0.2
+    second.__exit__(None, None, None)
+    assert (model.config.sparsity, model.config.routing_threshold) == before
+
+
+@torch.no_grad()
 def test_a_dial_that_is_moved_inside(model):
     with model.hold_sparsity(0.4) as control:
         model.set_sparsity(0)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from routed_models import tokens
 from torch.testing import assert_close
 from transformers import DynamicCache
@@ -43,6 +44,29 @@ def test_left_padding_changes_no_token(exported, attention):
     # Alone, a prompt of one token would meet a defect of some versions' static masks: none is used here.
     alone = [exported.model.generate(row, **SHORT)[:, row.shape[1] :] for row in rows]
     assert together.equal(torch.cat(alone))
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="version 4 has another paged cache, which is refused")
+@pytest.mark.parametrize(("blocks", "dense"), [(8, False), (32, False), (32, True)])
+def test_continuous_batching(exported, blocks, dense):
+    """Prompts of all lengths in one row, over a paged cache; where that has little room, some begin again."""
+    if dense:
+        exported.set_threshold(-torch.inf)
+    model, prompts = exported.model, [tokens(1, length, seed=length)[0].tolist() for length in (23, 4, 40, 1, 9)]
+    texts = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
+    config = transformers.ContinuousBatchingConfig(num_blocks=blocks, max_batch_tokens=32, page_size=16)
+    with model.routing_statistics() as together:
+        results = model.generate_batch(
+            prompts, transformers.GenerationConfig(**texts), continuous_batching_config=config, progress_bar=False
+        )
+    found = [result.generated_tokens for result in results.values()]
+    with model.routing_statistics() as alone:
+        expected = [model.generate(torch.tensor([prompt]), **texts)[0, len(prompt) :].tolist() for prompt in prompts]
+    assert found == expected
+    if blocks == 8:
+        return
+    assert together.tokens == alone.tokens
+    assert together.sparsity == pytest.approx(alone.sparsity, abs=1e-6)
 
 
 @torch.no_grad()

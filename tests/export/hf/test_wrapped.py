@@ -96,6 +96,38 @@ def test_router_whose_last_layer_is_quantized():
     assert len(router(h).unique()) == expected.numel()
 
 
+class Saved(nn.Module):
+    """Stands in for what peft makes of a module that is trained beside adapters."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base, self.trained = base, copy.deepcopy(base)
+
+    def forward(self, *args, **kwargs):
+        return self.trained(*args, **kwargs)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "olmo2"])
+@pytest.mark.parametrize("wrapped", ["post_attention_layernorm", "mlp"])
+def test_norm_that_is_trained_in_a_wrapper(tmp_path, family, wrapped):
+    save_random(family, tmp_path)
+    checkpoint = Checkpoint.open(str(tmp_path))
+    (tmp_path / "ir").mkdir()
+    write(checkpoint, random_routing(checkpoint), tmp_path / "ir")
+    model = load(tmp_path / "ir").eval()
+    for layer in model.model.layers:
+        setattr(layer, wrapped, Saved(getattr(layer, wrapped)))
+    ids = tokens(2, 12)
+    before = model(ids).logits
+    before.square().mean().backward()
+    layer = model.model.layers[1]
+    norm = layer.post_attention_layernorm.trained if wrapped != "mlp" else layer.post_feedforward_layernorm
+    assert norm.weight.grad.abs().sum() > 0
+    with torch.no_grad():
+        norm.weight += 1.0
+        assert (model(ids).logits - before).abs().max() > 0.01
+
+
 class DynamicallyQuantized(nn.Module):
     """Stands in for torch's: what is called ``weight`` is a method."""
 
