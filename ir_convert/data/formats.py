@@ -36,11 +36,13 @@ class TextFile:
     def read(self, start: int, end: int) -> Pieces:
         with reading(self._path), self._open() as file:
             start, end = _line_start(file, start, CHUNK), _line_start(file, end, CHUNK)
+            begins = start == 0
             while start < end:
                 stop = min(end, _line_start(file, start + CHUNK, CHUNK))
                 file.seek(start)
                 if text := self._decode(file.read(stop - start), start):
-                    yield Piece(text, start == 0)
+                    yield Piece(text, begins)
+                    begins = False
                 start = stop
 
     def _open(self) -> BinaryIO:

@@ -183,6 +183,14 @@ def test_folder(tmp_path):
     assert all(piece.begins for piece in pieces)
 
 
+def test_a_document_begins_behind_blank_lines(tmp_path):
+    """Of which there may be whole chunks, and those are left out."""
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b.txt").write_text("\n" * 140_000 + "two")
+    (section,) = open_path(tmp_path, "folder", "text").sections(1)
+    assert [(piece.text.strip(), piece.begins) for piece in section] == [("one", True), ("two", True)]
+
+
 def test_a_folder_has_sections_across_its_files(tmp_path):
     for number in range(40):
         (tmp_path / f"{number:02}.txt").write_text(f"file {number}\n" * 800)
