@@ -1,6 +1,7 @@
 """Text that continues a prompt, piece by piece."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -11,7 +12,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
-from ir_convert.generate import _pieces
+from ir_convert.export import hf
+from ir_convert.generate import _pieces, generate
 
 TEXT = "Hello there, he's not here. Don't you see: x = foo(bar) ? naïve café 日本語 \n" * 3
 RARE = "ሰላምታለዓለም 🙂‍🙂‍🙂 ok "  # bytes, where a tokenizer does not know the characters
@@ -62,3 +64,27 @@ def test_prompt_and_pieces_are_the_text(kind, data):
     continued = prompt + "".join(_pieces(tokenizer, ids[:cut], ids[cut:]))
     if not prompt.endswith("\ufffd"):
         assert continued == whole
+
+
+def test_a_checkpoint_samples_from_all_tokens(tmp_path, monkeypatch):
+    """As an ONNX file does: transformers alone would take the 50 likeliest."""
+    seen = {}
+
+    class Model:
+        generation_config = SimpleNamespace(bos_token_id=None, eos_token_id=0, pad_token_id=None)
+
+        def to(self, _):
+            return self
+
+        def eval(self):
+            return self
+
+        def generate(self, streamer, **settings):
+            seen.update(settings, eos_token_id=self.generation_config.eos_token_id)
+            streamer.end()
+
+    monkeypatch.setattr(hf, "load", lambda _: Model())
+    monkeypatch.setattr(hf, "load_tokenizer", lambda *_: TOKENIZERS["bytes"])
+    assert "".join(generate(tmp_path, "one", max_new_tokens=3, temperature=0.7)) == ""
+    names = ("do_sample", "temperature", "top_k", "max_new_tokens", "eos_token_id")
+    assert [seen[name] for name in names] == [True, 0.7, 0, 3, 0]

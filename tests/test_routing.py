@@ -92,6 +92,16 @@ def test_damaged_and_foreign_files(random_model, tmp_path):
         save_file(changed, path, metadata=header)
         with pytest.raises(UserError, match=r"is damaged.*calibrate again"):
             Routing.load(path)
+    save_file(tensors, path, metadata=header | {"format": "1"})
+    with pytest.raises(UserError, match="is not a routing file of format 2: name one that this version"):
+        Routing.load(path)
+
+
+def test_a_routing_file_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr("ir_convert.routing.sync", lambda path: synced.append((path.name, path.exists())))
+    Routing({}, Curve([0.1], [1.0])).save(tmp_path / "r.safetensors")
+    assert synced == [("r.safetensors.tmp", True)]
 
 
 def test_what_a_message_names_is_within_reach():

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from ir_convert.data import Source, read_blocks
-from ir_convert.data.draw import fill, shares_of
+from ir_convert.data.draw import _word_end, fill, shares_of
 from ir_convert.errors import UserError
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny-llama"
@@ -94,6 +95,14 @@ def test_more_is_read_where_tokens_are_long(tmp_path):
     """At 50 characters a token the first guess of what to read is far too little."""
     source = write(tmp_path / "text", "".join(f"{number:050}\n" for number in range(20_000)))
     assert rows(read_blocks([source], Words(), 16_000, block=16)).numel() == 16_000
+
+
+def test_text_is_cut_before_a_space():
+    """With most tokenizers it belongs to the word that follows."""
+    assert _word_end("one two six", 9) == 7
+    assert _word_end("one\ntwo six", 9) == 4
+    assert _word_end("one", 9) == 3
+    assert _word_end("x" * 20, 9) == 9
 
 
 def test_few_files_are_open_at_once(tmp_path):
@@ -230,6 +239,10 @@ def test_hash_is_of_the_blocks(tokenizer, tmp_path):
     assert first.sha256 != read_blocks([numbers(tmp_path / "b.txt", 2000, 11)], Words(), 1000, block=16).sha256
     assert first.sha256 != read_blocks([numbers(tmp_path / "a.txt", 2000)], Words(), 1000, block=20).sha256
     assert len(first.sha256) == 64
+    # Of how they are parted as well.
+    moved = replace(first, fit=first.fit[:-1], threshold=torch.cat([first.fit[-1:], first.threshold]))
+    halved = replace(first, **{part: getattr(first, part).view(-1, 8) for part in PARTS})
+    assert len({first.sha256, moved.sha256, halved.sha256}) == 3
 
 
 def test_every_kind_of_source_at_once(tokenizer, tmp_path):

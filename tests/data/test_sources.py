@@ -104,7 +104,9 @@ def test_overlapping_sources(tmp_path):
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner" / "a.txt").write_text("text")
     whole, inner, file = (Source(str(path)) for path in (tmp_path, tmp_path / "inner", tmp_path / "inner" / "a.txt"))
-    for pair in [(whole, file), (file, whole), (file, file), (inner, whole)]:
+    (tmp_path / "inner" / "link.txt").symlink_to("a.txt")
+    link = Source(str(tmp_path / "inner" / "link.txt"))
+    for pair in [(whole, file), (file, whole), (file, file), (inner, whole), (file, link)]:
         with pytest.raises(UserError, match="overlap: leave one out"):
             open_sources(pair, "text")
 
@@ -155,6 +157,8 @@ def test_only_what_is_asked_for_is_read(tmp_path, monkeypatch):
 def test_byte_order_mark_is_no_text(tmp_path):
     (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbfhello")
     assert everything(open_path(tmp_path / "bom.txt", "bom", "text")) == ["hello"]
+    (tmp_path / "bom.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n{"text": "two"}\n')
+    assert everything(open_path(tmp_path / "bom.jsonl", "bom", "text")) == ["one", "two"]
 
 
 def test_the_byte_that_is_not_text_is_counted_from_the_start(tmp_path):
@@ -204,6 +208,7 @@ def test_bad_folders(tmp_path):
     with pytest.raises(UserError, match="holds no text file"):
         open_path(tmp_path, "folder", "text")
     (tmp_path / "binary").write_bytes(b"\0\1")
+    (tmp_path / "cut").write_bytes(b"\0" + b"x" * 4094 + "\u00e4".encode())
     with pytest.raises(UserError, match="holds no text file"):
         open_path(tmp_path, "folder", "text")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 and more")
@@ -220,6 +225,11 @@ def test_json_lines(count, tmp_path):
     zipped = tmp_path / "a.jsonl.gz"
     zipped.write_bytes(gzip.compress(path.read_bytes()))
     assert everything(open_path(zipped, "a", "text"), count) == WORDS
+
+
+def test_endings_in_capitals(tmp_path):
+    path = write_lines(tmp_path / "A.JSONL", [{"text": "one"}])
+    assert everything(open_path(path, "a", "text")) == everything(open_path(tmp_path, "a", "text")) == ["one"]
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,13 @@ def test_threads(base):
     assert OnnxModel.load(base[1], threads=1).session.get_session_options().intra_op_num_threads == 1
 
 
+def test_a_log_level_that_the_caller_chose_stays(base):
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    OnnxModel.load(base[1], options=options)
+    assert options.log_severity_level == 4
+
+
 LIGHT = """
 import sys
 from ir_convert.runtime import OnnxModel
@@ -134,9 +141,15 @@ def test_a_provider_that_does_not_start(base, monkeypatch):
     monkeypatch.setattr(loading, "_providers", lambda: both)
     with pytest.raises(UserError, match="does not start here"):  # in whose options kernels for it may be by now
         OnnxModel.load(base[1], options=ort.SessionOptions())
-    with pytest.warns(UserWarning, match="does not start here.*the model runs on the CPU"):
-        model = OnnxModel.load(base[1])
-    assert model.session.get_providers() == ["CPUExecutionProvider"]
+    asked = []
+    monkeypatch.setattr("ir_convert.runtime.model.choose_library", lambda library, *_: asked.append(library))
+    for threshold, given in ((1.5, {"threshold": 1.5}), (-math.inf, {"sparsity": 0, "threads": 1, "library": False})):
+        with pytest.warns(UserWarning, match="does not start here.*the model runs on the CPU"):
+            model = OnnxModel.load(base[1], **given)
+        assert model.session.get_providers() == ["CPUExecutionProvider"]
+        assert model.threshold == threshold
+    assert model.session.get_session_options().intra_op_num_threads == 1
+    assert asked == [None, None, False, False]
 
 
 def test_options_with_native_kernels_serve_one_load(base, library, prompt):

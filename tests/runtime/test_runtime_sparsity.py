@@ -131,3 +131,24 @@ def test_a_call_of_padding_alone_moves_nothing(model):
         assert np.isfinite(model.saved)
         model.logits(np.full((1, 256), 5))
         assert model.threshold == pytest.approx(first + control.gain * (0.4 - model.saved))
+
+
+def test_cached_tokens_fill_no_window(model):
+    """They have been in one."""
+    with model.hold_sparsity(0.4) as control:
+        first = control.threshold
+        for _ in model.generate(np.full((1, 200), 5), max_new_tokens=40, eos_ids=()):
+            assert model.threshold == first
+
+
+def test_another_aim_begins_a_window(model):
+    """What was saved on the way to the aim before is not held against it."""
+    ids = np.random.default_rng(0).integers(3, 131, (1, 200))
+    with model.hold_sparsity(0.4) as control:
+        model.logits(ids)
+        model.set_sparsity(0.2)
+        first = control.threshold
+        model.logits(ids[:, :100])
+        assert control.threshold == first
+        model.logits(ids[:, :156])
+        assert control.threshold != first

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ir_convert.errors import UserError
 from ir_convert.stream import Team
 from ir_convert.stream import team as module
 
@@ -60,7 +61,8 @@ def test_gathering_puts_shares_back(size, count, axis, data):
     assert torch.equal(gathered, whole)
 
 
-def test_mean_is_over_all_processes_tokens():
+def test_mean_is_over_all_processes_tokens(monkeypatch):
+    monkeypatch.setattr(module, "PART", 7)
     values = torch.randn(6 * 4, 5)
     sums = []
     for team in members(3):
@@ -68,9 +70,24 @@ def test_mean_is_over_all_processes_tokens():
         mine = team.mine(values.view(6, 4, 5)).flatten(0, 1)
         team.sample(6, 4, torch.device("cpu")).mean(mine)
     torch.testing.assert_close((sum(sums) / 24).float(), values.mean(0))
-    alone = Team().sample(6, 4, torch.device("cpu")).mean(values)
-    torch.testing.assert_close(alone, values.mean(0))
+    alone = Team().sample(6, 4, torch.device("cpu")).mean(values, torch.square)
+    torch.testing.assert_close(alone, values.square().mean(0))
     assert alone.dtype == torch.float32
+
+
+def test_gpus_are_counted_on_each_machine(monkeypatch):
+    """As processes are."""
+    joined = []
+    monkeypatch.setattr(module, "PartialState", lambda **settings: joined.append(settings["cpu"]))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    Team.assemble(torch.device("cuda"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    Team.assemble(torch.device("cpu"))
+    assert joined == [False, True]
+    with pytest.raises(UserError, match="3 processes were started for 2 GPUs"):
+        Team.assemble(torch.device("cuda"))
 
 
 def test_one_process_is_a_team():

@@ -57,7 +57,11 @@ def test_states_take_no_room_before_they_are_written(tmp_path):
 def test_a_step_is_done_only_when_saved(tmp_path):
     work = Work(tmp_path / "deep" / "folder")
     assert work.load("a") is None
+    work.states("x", (2, 2))[slice(0, 2)] = torch.zeros(2, 2)
+    assert not work.begun
     work.save("a", RESULT)
+    assert work.begun
+    work.states("x", (2, 2)).discard()
     again = Work(work.folder)
     assert same(again.load("a"), RESULT)
     assert again.load("b") is None
