@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from ir_convert.checkpoint import Checkpoint
 from ir_convert.errors import UserError
 from ir_convert.export.hf import load, write
-from ir_convert.export.hf.configuration_ir import rope_of_version_4
+from ir_convert.export.hf.card import model_card
 from ir_convert.export.hf.writer import CODE, ROPE
 from ir_convert.rope import all_rope_parameters
 from ir_convert.routing import Routing
@@ -102,6 +102,18 @@ def test_half_precision(exported, tmp_path, dtype):
     model.save_pretrained(tmp_path / "again")
     again = load(tmp_path / "again").model.layers[1].mlp.router
     assert again.score.weight.equal(router.score.weight)
+
+
+def test_the_precision_is_that_of_the_base_models_weights(llama, tmp_path):
+    """What was calibrated stays in float32."""
+    _, checkpoint, routing = llama
+    file = checkpoint.path / "model.safetensors"
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    export(Checkpoint.open(str(checkpoint.path)), routing, tmp_path / "ir")
+    written = load_file(tmp_path / "ir" / "model.safetensors")
+    assert {written[name].dtype for name in checkpoint.shards} == {torch.bfloat16}
+    assert {tensor.dtype for name, tensor in written.items() if name not in checkpoint.shards} == {torch.float32}
+    assert json.loads((tmp_path / "ir" / "config.json").read_text("utf-8"))["dtype"] == "bfloat16"
 
 
 def test_what_half_precision_cannot_hold_is_said(llama, tmp_path):
@@ -244,8 +256,23 @@ def test_rope_in_the_spelling_of_either_transformers(llama, tmp_path, spelling):
     assert values["rope_parameters"] == {"rope_theta": 5000.0, **scaling}
 
 
+ROPE_OF_VERSION_4 = {
+    "gemma3": {"rope_theta": 5000.0, "rope_local_base_freq": 70.0},
+    "phi3": {"rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    "phi3-long": {
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 1.0,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1.0, 1.5, 2.0, 3.0],
+            "long_factor": [1.0, 2.0, 4.0, 9.0],
+        },
+    },
+}
+
+
 @pytest.mark.parametrize("spelling", [4, 5])
-@pytest.mark.parametrize("name", ["gemma3", "phi3", "phi3-long"])
+@pytest.mark.parametrize("name", ROPE_OF_VERSION_4)
 @torch.no_grad()
 def test_rope_of_other_families_in_either_spelling(name, spelling, tmp_path):
     """Two bases, heads rotated in part, and factors that depend on the length."""
@@ -253,7 +280,7 @@ def test_rope_of_other_families_in_either_spelling(name, spelling, tmp_path):
     path, ids = tmp_path / "base" / "config.json", tokens(1, 60)
     five = all_rope_parameters(base.config)
     plain = {key: value for key, value in json.loads(path.read_text("utf-8")).items() if key not in ROPE}
-    written = {"rope_parameters": five} if spelling == 5 else rope_of_version_4(five)
+    written = {"rope_parameters": five} if spelling == 5 else ROPE_OF_VERSION_4[name]
     path.write_text(json.dumps(plain | written), "utf-8")
     checkpoint = Checkpoint.open(str(tmp_path / "base"))
     model = export(checkpoint, random_routing(checkpoint), tmp_path / "ir")
@@ -263,7 +290,7 @@ def test_rope_of_other_families_in_either_spelling(name, spelling, tmp_path):
         assert_close(loaded(ids).logits, base(ids).logits, atol=1e-5, rtol=1e-5)
     values = json.loads((tmp_path / "ir" / "config.json").read_text("utf-8"))
     assert values["rope_parameters"] == five
-    assert {key: values[key] for key in ROPE if key in values} == {"rope_parameters": five} | rope_of_version_4(five)
+    assert {key: values[key] for key in ROPE if key in values} == {"rope_parameters": five} | ROPE_OF_VERSION_4[name]
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -321,3 +348,21 @@ def test_sparsity_0_is_json(llama, tmp_path):
     _, checkpoint, routing = llama
     export(checkpoint, replace(routing, metadata=routing.metadata | {"sparsity": 0.0}), tmp_path / "ir")
     assert json.loads((tmp_path / "ir" / "config.json").read_text("utf-8"))["routing_threshold"] == "-inf"
+
+
+def test_figures_on_the_card(llama):
+    _, checkpoint, routing = llama
+    figures = {"perplexity_dense": 11.0, "perplexity": 12.0, "kl": 0.25, "agreement": 0.75, "sparsity": 0.375}
+    routing.metadata["test"] = figures | {"decisions": 0.5, "asked": 0.4}
+    lines = model_card(checkpoint, routing).splitlines()
+    for line in (
+        "| on held-out text | dense | routed |",
+        "| perplexity (per token) | 11.00 | 12.00 |",
+        "| KL from dense (nats) | | 0.250 |",
+        "| same most likely token | | 75.0% |",
+        "| FLOPs saved | | 37.5% |",
+        "| decisions approximated | | 50.0% |",
+    ):
+        assert line in lines
+    routing.metadata["test"]["asked"] = 0.3
+    assert "| on held-out text, set to 30.0% | dense | routed |" in model_card(checkpoint, routing).splitlines()

@@ -151,7 +151,22 @@ def test_padding_counts_nowhere(model):
     assert seen.sparsity == pytest.approx(alone, abs=1e-6)
     with model.hold_sparsity(0.4) as control:
         model(ids, attention_mask=mask, position_ids=positions)
-    assert control.threshold == pytest.approx(-2.0 + control.gain * (0.4 - alone), abs=1e-5)
+    assert control.threshold == pytest.approx(-2.0 + 2.0 * (0.4 - alone), abs=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["ids", "embeddings", "positional"])
+def test_padding_counts_nowhere_however_it_is_handed_over(model, how):
+    ids, mask = tokens(2, 12), torch.ones(2, 12, dtype=torch.long)
+    mask[0, :5] = 0
+    with model.routing_statistics() as seen:
+        if how == "ids":
+            model(ids, attention_mask=mask)
+        elif how == "embeddings":
+            model(inputs_embeds=model.get_input_embeddings()(ids), attention_mask=mask)
+        else:
+            model.model(ids, mask)
+    assert seen.tokens == 7 + 12
 
 
 @pytest.mark.parametrize("chunked", [False, True])
@@ -239,6 +254,23 @@ def test_law():
     assert control.observe(0.75, 1000) == start - 1
     assert control.observe(0.25, 256) == start
     assert SparsityControl(0.0, -math.inf).observe(-0.1, 512) == -math.inf
+
+
+def test_gain(model):
+    with model.hold_sparsity(0.4, gain=0.5) as control:
+        saved = run(model, tokens(1, 300))
+    assert control.threshold == pytest.approx(-2.0 + 0.5 * (0.4 - saved), abs=1e-6)
+
+
+def test_nothing_stays_behind(model):
+    hooks = model.model._forward_pre_hooks, model.model._forward_hooks
+    before = [len(held) for held in hooks]
+    with model.hold_sparsity(0.2), model.routing_statistics():
+        pass
+    with pytest.raises(KeyError), model.routing_statistics():
+        raise KeyError
+    assert [len(held) for held in hooks] == before
+    assert not any(module.counts for module in model.modules() if hasattr(module, "counts"))
 
 
 @torch.no_grad()

@@ -121,3 +121,20 @@ def test_attention(
     torch.testing.assert_close(present_value, value, atol=1e-4, rtol=1e-5)
     # What is left out of a strict cache is zero to the bit, and nothing else is.
     assert present_key.ne(0).any(-1).any(1).equal(kept)
+
+
+def test_strict_keys_whose_components_add_up_to_nothing():
+    """A token is in the cache where its key has any component: not where they have a sum."""
+    torch.manual_seed(0)
+    x = {"q_weight": torch.randn(D, HEAD), "v_weight": torch.randn(D, HEAD), "o_weight": torch.randn(HEAD, D)}
+    x |= {"k_weight": torch.zeros(D, HEAD), "k_bias": torch.tensor([1.0, -1.0]).repeat(HEAD // 2)}
+    x |= {"h": torch.randn(1, 3, D), "forecast": torch.zeros(1, 3, D), "execute": torch.ones(1, 3, dtype=torch.bool)}
+    x |= {"cos": torch.ones(1, 3, HEAD // 2), "sin": torch.zeros(1, 3, HEAD // 2)}
+    x |= {"mask": torch.ones(1, 3, 3, dtype=torch.bool).tril(), "step_bias": torch.zeros(1, 1, 1, 3)}
+    x |= {f"past_{part}": torch.zeros(1, 1, 0, HEAD) for part in ("key", "value")}
+    x |= {"start": torch.zeros(1, dtype=torch.int32), "total": torch.tensor([3], dtype=torch.int32)}
+    x["step"] = torch.tensor([False])
+    sizes = {"num_heads": 1, "kv_num_heads": 1, "head_dim": HEAD, "scale": 0.3}
+    output, *_ = run(attention(["k_bias"], kv_cache="strict"), x, **sizes)
+    values = (x["h"] @ x["v_weight"]).cumsum(1) / torch.arange(1, 4)[:, None]  # all keys are equal
+    torch.testing.assert_close(output, values @ x["o_weight"], atol=1e-5, rtol=1e-5)

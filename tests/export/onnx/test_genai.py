@@ -221,9 +221,20 @@ def test_special_tokens(base):
 
 
 def test_sampling_is_the_base_models(base):
-    checkpoint = change(base, "generation_config.json", do_sample=True, temperature=0.6, top_k=20, top_p=None)
-    search = genai.settings(checkpoint, "m.onnx")["search"]
-    assert search == {"do_sample": True, "temperature": 0.6, "top_k": 20, "past_present_share_buffer": True}
+    said = {"do_sample": True, "temperature": 0.6, "top_k": 20, "repetition_penalty": 1.1}
+    checkpoint = change(base, "generation_config.json", **said, top_p=None)
+    assert genai.settings(checkpoint, "m.onnx")["search"] == said | {"past_present_share_buffer": True}
+    checkpoint = change(base, "generation_config.json", top_p=0.9)
+    assert genai.settings(checkpoint, "m.onnx")["search"]["top_p"] == 0.9
+
+
+def test_sizes(tmp_path):
+    """genai takes some from the file itself, today."""
+    save_random("gemma3", tmp_path)
+    model = genai.settings(Checkpoint.open(str(tmp_path)), "m.onnx")["model"]
+    assert (model["vocab_size"], model["context_length"]) == (131, 256)
+    names = ("hidden_size", "head_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
+    assert [model["decoder"][name] for name in names] == [48, 16, 6, 2, 3]
 
 
 @pytest.mark.parametrize(("family", "bound"), [("phi3-long", 128), ("phi3", None)])

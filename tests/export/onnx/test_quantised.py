@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from models import random_routing, save_random
 from onnxscript import GraphBuilder
 from stream_reference import StreamReference
+from variants import give_sizes
 
 from ir_convert.checkpoint import Checkpoint
 from ir_convert.errors import UserError
@@ -106,6 +107,36 @@ def test_int4_model(name, method, tmp_path):
         clear = best - second > 8 * off
         assert clear.float().mean() > 0.25
         assert logits.argmax(-1)[real][clear].equal(expected.logits.argmax(-1)[real][clear])
+
+
+def test_int4_forecasters_of_any_rank(tmp_path):
+    """Rank 0 forecasts through a rank of zeros."""
+    save_random("llama", tmp_path / "base")
+    checkpoint = Checkpoint.open(str(tmp_path / "base"))
+    routing = random_routing(checkpoint)
+    give_sizes(routing)
+    assert routing.units[0, "attention"].forecaster.rank == 0
+    ids, found = np.random.default_rng(0).integers(3, 131, (2, 9)), []
+    for name, int4 in (("whole", None), ("int4", Int4(accuracy_level=1))):
+        (tmp_path / name).mkdir()
+        write(checkpoint, routing, tmp_path / name, "m.onnx", int4=int4)
+        found.append(OnnxModel.load(tmp_path / name, threads=1, threshold=np.inf).logits(ids))
+    assert np.corrcoef(*map(np.ravel, found))[0, 1] > 0.97
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_products_may_round_activations(dtype, tmp_path):
+    """Else the head's kernel is a hundred times slower."""
+    save_random("llama", tmp_path / "base")
+    checkpoint = Checkpoint.open(str(tmp_path / "base"))
+    write(checkpoint, random_routing(checkpoint), tmp_path, "m.onnx", dtype=dtype, int4=Int4())
+    model, levels = ir.load(tmp_path / "m.onnx"), {}
+    for part in (model.graph, *model.functions.values()):
+        for node in ir.traversal.RecursiveGraphIterator(part):
+            if node.op_type == "MatMulNBits":
+                levels.setdefault(part.name, set()).add(node.attributes.get_int("accuracy_level", 0))
+    decisions = ["Decide"] * (dtype == torch.float32)
+    assert levels == {name: {4} for name in ("RoutedAttention", "RoutedMLP", "ir_decoder", *decisions)}
 
 
 def test_int8_refuses_what_is_not_finite():

@@ -14,7 +14,7 @@ import pytest
 import torch
 from models import CONFIGS, random_routing, save_random
 from onnx_reference import Batch, Reference, run_pieces
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import ir_convert
 from ir_convert.checkpoint import Checkpoint
@@ -153,6 +153,26 @@ def test_float16(random_model, tmp_path):
     assert torch.isfinite(run_pieces(half, batch)).all()
 
 
+def test_positions_are_not_rounded_in_float16(tmp_path):
+    """Angles of a long text's tokens need more digits: attention sees distances alone, wherever a text begins."""
+    save_random("llama", tmp_path / "base")
+    checkpoint = Checkpoint.open(str(tmp_path / "base"))
+    write(checkpoint, random_routing(checkpoint), tmp_path, "m.onnx", dtype=torch.float16)
+    model, ids = OnnxModel.load(tmp_path, threads=1, threshold=-math.inf), np.arange(5, 17)[None]
+    near, far = (model.logits(ids, position_ids=np.arange(12)[None] + start).astype(np.float32) for start in (0, 5000))
+    assert np.abs(near - far).max() < 0.02 * np.abs(near).max()
+
+
+def test_norms_of_a_bfloat16_checkpoint_are_not_rounded_again(tmp_path):
+    """1 is added to them, in more digits than bfloat16 has."""
+    save_random("gemma3", tmp_path / "base").bfloat16().save_pretrained(tmp_path / "base")
+    checkpoint = Checkpoint.open(str(tmp_path / "base"))
+    write(checkpoint, random_routing(checkpoint), tmp_path, "m.onnx")
+    name = "model.layers.1.input_layernorm.weight"
+    (found,) = [tensor for tensor in onnx.load(tmp_path / "m.onnx").graph.initializer if tensor.name == name]
+    np.testing.assert_array_equal(onnx.numpy_helper.to_array(found), 1 + checkpoint.read(name).float().numpy())
+
+
 SCALED = {
     "linear": {"rope_type": "linear", "factor": 2.0},
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
@@ -166,35 +186,52 @@ SCALED = {
 }
 
 
-def scaled_checkpoint(path, scaling: dict) -> tuple[torch.nn.Module, Checkpoint]:
-    """A checkpoint whose config.json asks for another rotary embedding, as older and newer transformers write it."""
-    save_random("llama", path)
+def checkpoint_with(path: Path, family: str, **values: object) -> tuple[torch.nn.Module, Checkpoint]:
+    """A checkpoint whose config.json says something else."""
+    save_random(family, path)
     config = json.loads((path / "config.json").read_text())
-    config.pop("rope_parameters", None)
-    config |= {"rope_theta": 10000.0, "rope_scaling": scaling}
-    (path / "config.json").write_text(json.dumps(config))
-    from transformers import AutoModelForCausalLM
+    if "rope_scaling" in values:  # as older and newer transformers write it
+        config.pop("rope_parameters", None)
+    (path / "config.json").write_text(json.dumps(config | values))
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    return model.eval(), Checkpoint.open(str(path))
 
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval(), Checkpoint.open(str(path))
 
-
-@pytest.mark.parametrize("kind", SCALED)
-def test_scaled_rotary_embeddings(tmp_path, kind):
-    model, checkpoint = scaled_checkpoint(tmp_path / "base", SCALED[kind])
-    assert (frequencies(checkpoint.config)[1] != 1) == (kind == "yarn")
-    out = tmp_path / "onnx"
+def assert_computes(
+    model: torch.nn.Module, checkpoint: Checkpoint, out: Path, batch: Batch, *thresholds: float
+) -> None:
+    """Holds the export of a random routing against the reference."""
     out.mkdir()
     routing = random_routing(checkpoint)
     write(checkpoint, routing, out, "m.onnx")
-    batch = batch_of(40)
-    expected = Reference(model, routing, {})(batch.ids, batch.mask, -math.inf)
-    got = run_pieces(OnnxModel.load(out, threads=1, threshold=-math.inf), batch)
+    exported, reference = OnnxModel.load(out, threads=1), Reference(model, routing, {})
     real = batch.mask.bool()
-    torch.testing.assert_close(got[real], expected[real], atol=1e-4, rtol=0)
+    for exported.threshold in thresholds:
+        expected = reference(batch.ids, batch.mask, exported.threshold)
+        got = run_pieces(exported, batch)
+        torch.testing.assert_close(got[real], expected[real], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "family"),
+    [*((kind, "llama") for kind in SCALED), ("yarn", "smollm3")],  # the last has layers that do not rotate, nor scale
+)
+def test_scaled_rotary_embeddings(tmp_path, kind, family):
+    model, checkpoint = checkpoint_with(tmp_path / "base", family, rope_theta=10000.0, rope_scaling=SCALED[kind])
+    assert (frequencies(checkpoint.config)[1] != 1) == (kind == "yarn")
+    assert_computes(model, checkpoint, tmp_path / "onnx", batch_of(40), -math.inf)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3", "olmo2"])
+def test_every_norm_has_the_models_epsilon(family, tmp_path):
+    """Which is too small to show, otherwise."""
+    model, checkpoint = checkpoint_with(tmp_path / "base", family, rms_norm_eps=0.3)
+    assert_computes(model, checkpoint, tmp_path / "onnx", batch_of(), -math.inf, 0.0)
 
 
 def test_refuses_length_dependent_rotary_embeddings(tmp_path):
-    _, checkpoint = scaled_checkpoint(tmp_path / "base", {"rope_type": "dynamic", "factor": 2.0})
+    scaling = {"rope_type": "dynamic", "factor": 2.0}
+    _, checkpoint = checkpoint_with(tmp_path / "base", "llama", rope_theta=10000.0, rope_scaling=scaling)
     with pytest.raises(UserError, match="'dynamic'"):
         frequencies(checkpoint.config)
 
@@ -203,9 +240,10 @@ def test_refusals(random_model, tmp_path):
     _, _, checkpoint, routing = random_model
     with pytest.raises(UserError, match="float64 is not supported in ONNX; choose float32 or float16 or bfloat16"):
         write(checkpoint, routing, tmp_path, "m.onnx", dtype=torch.float64)
-    long = replace(routing, units=routing.units | {(4, "mlp"): routing.units[0, "mlp"]})
-    with pytest.raises(UserError, match=r"for 5 layers.*has 3"):
-        write(checkpoint, long, tmp_path, "m.onnx")
+    for layer in (3, 4):
+        long = replace(routing, units=routing.units | {(layer, "mlp"): routing.units[0, "mlp"]})
+        with pytest.raises(UserError, match=rf"for {layer + 1} layers.*has 3"):
+            write(checkpoint, long, tmp_path, "m.onnx")
     assert not list(tmp_path.iterdir())
 
 

@@ -1,6 +1,7 @@
 """How the runtime chooses a library of native kernels: found, named, none; and which models keep their own functions."""
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from ir_convert.errors import UserError
 from ir_convert.export.onnx import write
 from ir_convert.export.onnx.int4 import Int4
 from ir_convert.export.onnx.ops import building, level, supported
+from ir_convert.export.onnx.ops import library as built
 from ir_convert.export.onnx.ops.library import VARIABLE
 from ir_convert.runtime import OnnxModel
 from ir_convert.runtime import library as choosing
@@ -161,6 +163,23 @@ def test_heads_that_the_cuda_kernels_are_for(library, gpu):
         said = f"has no kernel of ir::DenseAttention for float32 on {CUDA[0]} in heads of {head_dim} components, but of"
         with pytest.raises(UserError, match=said):
             choose(library, model, CUDA)
+
+
+def test_a_built_library_is_of_its_sources_and_machine(tmp_path, monkeypatch):
+    """Others have another place: what was built for these is not taken."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    shutil.copytree(built.SOURCES, tmp_path / "ops")
+    first = built.location()
+    monkeypatch.setattr(built, "SOURCES", tmp_path / "ops")
+    assert built.location() == first
+    found = {first}
+    for suffix in (".txt", ".h", ".cpp", ".cuh", ".cu"):
+        source = next(path for path in sorted((tmp_path / "ops").rglob("*")) if path.suffix == suffix)
+        source.write_text(source.read_text() + "\n")
+        found.add(built.location())
+    assert len(found) == 6
+    monkeypatch.setattr(platform, "machine", lambda: "another")
+    assert built.location() not in found
 
 
 def test_environment(library, monkeypatch, tmp_path):
