@@ -2,6 +2,7 @@
 
 import sys
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import click
@@ -153,13 +154,16 @@ def convert(model: str, out: tuple[Path, ...], units: str, **options: object) ->
     kinds = [unit.strip() for unit in units.split(",") if unit.strip()]
     conversion = pipeline(model, out, units=kinds, report=Bars(console), **options)  # type: ignore[arg-type]
     if conversion.sizes:
-        try:
-            if conversion.routing.measured:
-                Console().print(summary(conversion))
-            for line in written(conversion):
-                click.echo(line)
-        except (OSError, UnicodeError) as error:  # a full disk, a terminal of ASCII
-            click.echo(f"ir-convert: all is written, but cannot be shown: {error}", err=True)
+        shown = [lambda: Console().print(summary(conversion))] if conversion.routing.measured else []
+        shown += [partial(click.echo, line) for line in written(conversion)]
+        failures = []
+        for show in shown:
+            try:
+                show()
+            except (OSError, UnicodeError) as error:  # a full disk; a table on a terminal of ASCII
+                failures.append(error)
+        if failures:
+            click.echo(f"ir-convert: all is written, but cannot be shown: {failures[0]}", err=True)
     Team().disband()
 
 
@@ -173,9 +177,12 @@ def convert(model: str, out: tuple[Path, ...], units: str, **options: object) ->
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 for greedy decoding.")
 @click.option("--seed", type=SEED, default=0, show_default=True)
 def generate(artifact: Path, prompt: str, **options: object) -> None:
-    """Continue PROMPT with ARTIFACT, an .onnx file or a checkpoint folder that ir-convert wrote."""
+    """Continue PROMPT (or what comes on standard input, for -) with ARTIFACT, an .onnx file or a checkpoint folder that ir-convert
+    wrote."""
     from .generate import generate as stream
 
+    if prompt == "-":
+        prompt = sys.stdin.buffer.read().decode("utf-8", "surrogateescape").removesuffix("\n")
     prompt = prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # a terminal may send other bytes
     with closing(stream(artifact, prompt, **options)) as pieces:  # type: ignore[arg-type]
         click.echo(prompt, nl=False)
@@ -198,7 +205,10 @@ def main() -> None:
             click.echo(f"ir-convert: interrupted; {same} goes on where it stopped", err=True)
         sys.exit(130)
     except click.ClickException as error:
-        _fail(error.format_message())
+        said = error.format_message()
+        if "unexpected extra argument" in said and command is convert:  # "convert MODEL", or --calibration A B
+            said += " Beside MODEL everything is an option, and an option of several is repeated: --calibration A --calibration B"
+        _fail(said)
     except UserError as error:
         _fail(str(error))
     except OSError as error:  # a folder closed to us, a full disk

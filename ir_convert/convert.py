@@ -30,8 +30,11 @@ from .outputs import Output, check_apart
 from .progress import Reporter, Silent
 from .quantisation import Quantisation
 from .routing import Routing
+from .settings import changes, settings
 from .stream import Team, Work
 from .writing import Writing
+
+FAR = 0.02  # from what was asked; further is said
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,11 @@ def convert(
     checkpoint = Checkpoint.open(model)
     if routing is not None:
         learned = _reuse(routing, checkpoint, sparsity)
+        if changed := changes(learned.metadata.get("config", settings(checkpoint.config)), checkpoint.config):
+            report.note(
+                f"config.json is not what {routing} was calibrated with: {'; '.join(changed)}. Calibrate again, or expect "
+                "another sparsity and quality than it says."
+            )
         writing = replace(writing, quantisation=quantisation.of(learned))
         sizes = {}
         if team.rank == 0:
@@ -234,11 +242,17 @@ def _calibrate(
             report.note(
                 f"{checkpoint.name} knows {positions} positions, blocks have {length}: give --block-size {positions}."
             )
+        for line in blocks.shortfalls():
+            report.note(line)
         expected = estimate(checkpoint, blocks, options, device, team.size)
         report.note(expected.sentence())
         if work.folder and not work.begun and (free := disk_usage(work.folder).free) < expected.disk * team.size:
             report.note(f"{work.folder.parent} has {size_text(free)} free: that may be too little.")
         routing = calibrate(checkpoint, blocks, options, device=device, report=report, work=work, team=team)
+        achieved = routing.metadata["test"]["sparsity"]
+        if abs(achieved - options.sparsity) > FAR:
+            why = "whole units switch" if options.router_width == 0 else "the text that set the threshold is another"
+            report.note(f"{options.sparsity:.1%} was asked, {achieved:.1%} is saved on held-out text: {why}.")
         if kept:
             routing.save(kept)
     routing.metadata["job_sha256"] = job.sha256  # set here: how it is written may have changed since
@@ -280,7 +294,7 @@ def _reuse(path: Path, checkpoint: Checkpoint, sparsity: float | None) -> Routin
 def _check_ignored(routing: Path, given: dict[str, Any]) -> None:
     """Raises UserError where something is asked of a calibration that the routing file takes the place of."""
     defaults = inspect.signature(convert).parameters
-    names = ("calibration", "text_field", "tokens", "block_size", *(field.name for field in fields(Options)))
+    names = ("calibration", "text_field", "tokens", "block_size", "restart", *(field.name for field in fields(Options)))
     ignored = [
         _flag(name) for name in names if name != "sparsity" and _plain(given[name]) != _plain(defaults[name].default)
     ]

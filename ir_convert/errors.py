@@ -12,5 +12,6 @@ def reason(error: BaseException) -> str:
 
 def one_line(error: BaseException) -> str:
     """Returns the first line of what an exception says, with what it announces there, or its type."""
-    first, *rest = (str(error).strip() or type(error).__name__).splitlines()
+    said = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else str(error)  # which says the key alone
+    first, *rest = (said.strip() or type(error).__name__).splitlines()
     return " ".join([first.strip(), *(line.strip() for line in rest)]) if first.strip().endswith(":") else first

@@ -8,7 +8,7 @@ from transformers import PretrainedConfig
 
 from . import experts
 from .errors import UserError, one_line
-from .families import Family, experts_of, family_of, packed_rows, projection_sizes
+from .families import UNITS, Family, experts_of, family_of, packed_rows, projection_sizes
 
 ROTARY = ".rotary_emb."  # in the names of tensors that are no weights
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -98,17 +98,19 @@ def _shapes_by_config(config: PretrainedConfig, shards: dict[str, str]) -> dict[
     shapes = {family.final_norm: [config.hidden_size]}
     ends = (name for name in (family.embedding, family.head) if name in shards)
     shapes |= {name: [config.vocab_size, config.hidden_size] for name in ends}
-    mixture, checked = experts_of(config), {"attention": "q_proj", "mlp": "up_proj"}
+    mixture = experts_of(config)
+    units = UNITS if mixture is None else ("attention",)
     if mixture is not None:
-        del checked["mlp"]
         inside = f"{last}.{family.mlp.module}"
         shapes[f"{inside}.gate.weight"] = [mixture.count, config.hidden_size]
         if f"{inside}.{family.mlp.experts}.{experts.PACKED}" not in shards:
             name = f"{inside}.{family.mlp.experts}.{mixture.count - 1}.up_proj.weight"
             shapes[name] = [mixture.width, config.hidden_size]
-    for unit, projection in checked.items():
-        tensor, rows = packed_rows(config, unit, projection)
-        within = (projection,) if rows is None else family.unit(unit).packed[tensor]
-        outputs = sum(sizes[name][1] for name in within)
-        shapes[f"{last}.{family.unit(unit).module}.{tensor}.weight"] = [outputs, sizes[projection][0]]
+    for unit in units:
+        places = family.unit(unit)
+        for projection in places.kept + places.skipped:
+            tensor, rows = packed_rows(config, unit, projection)
+            within = (projection,) if rows is None else places.packed[tensor]
+            outputs = sum(sizes[name][1] for name in within)
+            shapes[f"{last}.{places.module}.{tensor}.weight"] = [outputs, sizes[projection][0]]
     return shapes

@@ -31,6 +31,7 @@ FOREIGN = {
     ".jsonl",
     ".txt",
     ".zip",
+    ".safetensor",
 }
 
 

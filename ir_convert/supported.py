@@ -6,6 +6,16 @@ from .errors import UserError
 from .families import ACTIVATIONS, Family, experts_of, family_of
 from .rope import FULL, TYPES, all_rope_parameters
 
+COUNTS = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+)
+
 
 def require_supported(config: PretrainedConfig) -> Family:
     """Returns the family of a configuration all of whose settings are supported.
@@ -33,8 +43,19 @@ def require_supported(config: PretrainedConfig) -> Family:
         raise UserError(
             "use_bidirectional_attention is true: this model encodes text and does not generate it; convert a causal one"
         )
+    for name in COUNTS:
+        if (value := getattr(config, name, None)) is not None and value < 1:
+            raise UserError(f"{name} is {value} in config.json: it counts what a model has, so it is 1 at the least")
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise UserError(
+            f"num_attention_heads {config.num_attention_heads} is no multiple of num_key_value_heads "
+            f"{config.num_key_value_heads}: correct config.json"
+        )
     parameters = all_rope_parameters(config)
     for rope in [parameters] if FULL not in parameters else parameters.values():
+        theta = rope.get("rope_theta")
+        if isinstance(theta, bool) or not isinstance(theta, int | float) or theta <= 0:
+            raise UserError(f"rope_theta is {theta!r} in config.json: a positive number is expected")
         if (kind := rope.get("rope_type", "default")) not in TYPES:
             raise UserError(f"position embedding of type '{kind}' (rope_type) is not supported: use {', '.join(TYPES)}")
     if family.residual_multiplier(config) == 0:

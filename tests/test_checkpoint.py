@@ -253,6 +253,10 @@ def old_spelling_beside_code(folder):
     )
 
 
+def more_keys(folder):
+    edit(folder / "config.json", num_key_value_heads=3)
+
+
 def padding_outside(folder):
     edit(folder / "config.json", pad_token_id=131)
 
@@ -278,7 +282,8 @@ def unnamed_method(folder):
         (truncate_shard, "is damaged.*download it again"),
         (remove_shard, "lacks the weight file"),
         (escape_folder, r"names a file outside its folder: '\.\./elsewhere"),
-        (wrong_width, r"up_proj.weight' is \[80, 48\]; config.json says \[81, 48\]"),
+        (wrong_width, r"gate_proj.weight' is \[80, 48\]; config.json says \[81, 48\]"),
+        (more_keys, r"layers.2.self_attn.k_proj.weight' is \[16, 48\]; config.json says \[24, 48\]"),
         (remove_weights, "has no 'model.safetensors'"),
         (other_vocabulary, r"embed_tokens.weight' is \[131, 48\]; config.json says \[7, 48\]"),
         (one_layer_less, r"has a tensor 'model.layers.[1-9].*config.json says that there are 1 layers"),

@@ -1,6 +1,7 @@
 """The command line: what it prints, and one clear line with exit code 2 for everything a user can put right."""
 
 import errno
+import io
 import json
 import os
 import re
@@ -51,6 +52,9 @@ def base(tmp_path_factory):
     [
         (["{base}"], "Missing option '--out'"),
         (["--out", "{out}"], "Missing argument 'MODEL'"),
+        (["convert", "{base}", "--out", "{out}"], "extra argument ({base}) Beside MODEL everything is an option"),
+        (["{base}", "--out", "{out}", "--calibration", "a", "b"], "is repeated: --calibration A --calibration B"),
+        (["{base}", "--out", "{out}.safetensor"], "is of no known kind"),
         (["{base}", "--out", "{out}", "--sparsity", "1"], r"sparsity 1 is not in [0, 1)"),
         (["{base}", "--out", "{out}", "--sparsity", "-0.1"], "sparsity -0.1 is not in [0, 1)"),
         (["{base}", "--out", "{out}", "--sparsity", "nan"], "sparsity nan is not in [0, 1)"),
@@ -234,6 +238,21 @@ def test_a_routing_file_with_less_to_say(run, base, tmp_path):
         assert f"is damaged (its metadata has no {name}): calibrate again" in err
 
 
+def test_a_configuration_that_has_changed_since(run, converted, tmp_path):
+    base = shutil.copytree(TINY, tmp_path / "base")
+    config, out = json.loads((base / "config.json").read_text()), tmp_path / "r.safetensors"
+    (base / "config.json").write_text(json.dumps(config | {"use_cache": False, "transformers_version": "4.0"}))
+    command = [base, "--routing", converted.folder / "ir-tiny.safetensors", "--out", out, "--overwrite"]
+    code, _, err = run(*command)
+    assert (code, err.count("config.json")) == (0, 0), err
+    theta = config["rope_parameters"] | {"rope_theta": 5e5}
+    (base / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1, "rope_parameters": theta}))
+    code, _, err = run(*command)
+    assert code == 0, err
+    said = " ".join(err.split())
+    assert "rms_norm_eps was 1e-06, is 0.1; rope.rope_theta was 10000.0, is 500000.0. Calibrate again" in said
+
+
 def test_what_routing_takes_the_place_of_is_refused(run, converted, tmp_path):
     command = [
         converted.checkpoint.path,
@@ -246,6 +265,7 @@ def test_what_routing_takes_the_place_of_is_refused(run, converted, tmp_path):
         (["--kv-cache", "strict", "--polish", 50], "--kv-cache, --polish"),
         (["--calibration", "x.txt", "--lora"], "--calibration, --lora"),
         (["--units", "mlp", "--tokens", 99], "--tokens, --units"),
+        (["--restart"], "--restart: of a calibration"),
         (["--sparsity", -0.5], "sparsity -0.5 is not in"),
     ):
         code, _, err = run(*command, *options)
@@ -276,11 +296,13 @@ def test_triton(run, converted, tmp_path):
 
 
 @pytest.mark.parametrize("artifact", ["onnx/ir-tiny.onnx", "ir-tiny", "onnx"])
-def test_generate(artifact, run, converted):
+def test_generate(artifact, run, converted, monkeypatch):
     code, out, err = run("generate", converted.folder / artifact, "def __init__(self", "--max-new-tokens", 12)
     assert code == 0, err
     assert out.startswith("def __init__(self")
     assert len(out) > 25
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"def __init__(self\n")))
+    assert run("generate", converted.folder / artifact, "-", "--max-new-tokens", 12)[1] == out
     sampled = [
         run("generate", converted.folder / artifact, "The", "--temperature", 1.0, "--seed", seed)[1]
         for seed in (0, 0, 1)
@@ -343,8 +365,9 @@ def test_what_cannot_be_shown_is_written(run, converted, tmp_path, monkeypatch):
 
     monkeypatch.setattr(report, "summary", full)
     out = tmp_path / "r.safetensors"
-    code, _, err = run(TINY, "--routing", converted.folder / "ir-tiny" / "routing.safetensors", "--out", out)
+    code, shown, err = run(TINY, "--routing", converted.folder / "ir-tiny" / "routing.safetensors", "--out", out)
     assert code == 0
+    assert shown.startswith(f"wrote {out}")
     assert "all is written, but cannot be shown: [Errno 28] No space left on device" in err
     assert out.exists()
 

@@ -18,6 +18,7 @@ def changed(config, **values):
 
 
 ROPE = {"rope_type": "spiral", "rope_theta": 10000.0}
+THETA = {"rope_type": "default", "rope_theta": "10000"}
 
 
 @pytest.mark.parametrize(
@@ -41,6 +42,15 @@ ROPE = {"rope_type": "spiral", "rope_theta": 10000.0}
         (
             changed(LlamaConfig(), rope_parameters=ROPE, rope_scaling=ROPE),
             "type 'spiral' .* is not supported: use default",
+        ),
+        (
+            changed(LlamaConfig(), rope_parameters=THETA, rope_theta="10000"),
+            "rope_theta is '10000' in config.json: a positive number is expected",
+        ),
+        (changed(LlamaConfig(), num_key_value_heads=0), "num_key_value_heads is 0 in config.json"),
+        (
+            changed(LlamaConfig(), num_key_value_heads=5),
+            "num_attention_heads 32 is no multiple of num_key_value_heads 5",
         ),
         (changed(CONFIGS["granite"].__class__(), residual_multiplier=0), "residual_multiplier is 0"),
         (Qwen3MoeConfig(mlp_only_layers=[0]), re.escape("mlp_only_layers is [0]: models in which some layers")),

@@ -18,6 +18,7 @@ from ..errors import UserError
 from ..evaluate import Measured, Quality, measure
 from ..progress import Reporter, Silent
 from ..routing import Curve, Routing
+from ..settings import settings
 from ..stream import Team, Work
 from .fitted import Fitted
 from .options import Options
@@ -68,6 +69,7 @@ def calibrate(
         "base_model": checkpoint.public_name,
         "weights_sha256": checkpoint.weights_sha256,
         "model_type": checkpoint.config.model_type,
+        "config": settings(checkpoint.config),
         **options.as_dict(),
         "calibration_sha256": blocks.sha256,
         "calibration_tokens": {name: getattr(blocks, name).numel() for name in ("fit", "threshold", "test")},

@@ -19,6 +19,7 @@ LEAST_BLOCKS = 12
 # Of every four stripes of blocks: so that a source is in every part, it must have as many blocks.
 PARTS = ("fit", "threshold", "fit", "test")
 MOST_STRIPE = 4
+ENOUGH = 0.9  # of what is asked of a source; less is said
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,15 @@ class Blocks:
             digest.update(f"{part} {tuple(rows.shape)}".encode())
             digest.update(rows.contiguous().numpy().astype("<i8").tobytes())
         return digest.hexdigest()
+
+    def shortfalls(self) -> list[str]:
+        """Returns a line for each source that had much less text than was asked of it."""
+        others = "; the others fill up" if len(self.names) > 1 else ""
+        return [
+            f"calibration text {row['source']} has {row['tokens']} of the {row['asked']} tokens that were asked of it{others}."
+            for row in self.mixture()
+            if int(row["tokens"]) < ENOUGH * int(row["asked"])
+        ]
 
     def mixture(self) -> list[dict[str, str | int]]:
         """Returns, for each source, its name, the tokens asked of it and the tokens taken: ready for a metadata file."""

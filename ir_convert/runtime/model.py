@@ -147,6 +147,8 @@ class OnnxModel:
     def hold_sparsity(self, sparsity: float, **gain: float) -> Iterator[SparsityControl]:
         """Inside a ``with`` block, moves the threshold as text drifts, so that what is saved stays at ``sparsity``.
 
+        It moves by a step every 256 tokens. Blocks may nest; threads that hold different shares want a model each.
+
         Args:
             sparsity: the share of FLOPs to save.
             **gain: how far the threshold moves for each unit of sparsity missed over 256 tokens; 2.0 by default.

@@ -214,6 +214,11 @@ def test_a_short_source_is_filled_up_and_reported(tmp_path):
     blocks = read_blocks(sources, Words(), 1600, block=16)
     assert [entry["tokens"] for entry in blocks.mixture()] == [96, 1504]
     assert [entry["asked"] for entry in blocks.mixture()] == [800, 800]
+    (line,) = blocks.shortfalls()
+    assert line == "calibration text short.txt has 96 of the 800 tokens that were asked of it; the others fill up."
+    (line,) = read_blocks([Source(str(tmp_path / "long.txt"))], Words(), 8000, block=16).shortfalls()
+    assert line == "calibration text long.txt has 4992 of the 8000 tokens that were asked of it."
+    assert not read_blocks([Source(str(tmp_path / "long.txt"))], Words(), 4992, block=16).shortfalls()
 
 
 def test_what_is_too_little_is_named(tmp_path):
