@@ -1,0 +1,26 @@
+"""The settings that a routing was measured under, and which of them have changed since."""
+
+import copy
+import json
+
+import pytest
+from models import CONFIGS
+
+from ir_convert.settings import changes, settings
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_a_file_keeps_is_what_the_configuration_says(name):
+    kept = json.loads(json.dumps(settings(CONFIGS[name])))
+    assert {"rms_norm_eps", "num_attention_heads"} < set(kept)
+    assert changes(kept, CONFIGS[name]) == []
+    other = copy.deepcopy(CONFIGS[name])
+    other.rms_norm_eps, other.vocab_size = 0.25, 7
+    assert changes(kept, other) == [f"rms_norm_eps was {kept['rms_norm_eps']}, is 0.25"]
+
+
+def test_each_kind_of_layer_and_long_lists():
+    kept = settings(CONFIGS["gemma3"])
+    assert kept["rope.full_attention.rope_theta"] != kept["rope.sliding_attention.rope_theta"]
+    (change,) = changes(kept | {"layer_types": ["full_attention"] * 3}, CONFIGS["gemma3"])
+    assert change == "layer_types was [full_attention, ...], is [sliding_attention, ...]"
