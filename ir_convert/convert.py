@@ -30,7 +30,7 @@ from .outputs import Output, check_apart
 from .progress import Reporter, Silent
 from .quantisation import Quantisation
 from .routing import Routing
-from .settings import changes, settings
+from .settings import changes
 from .stream import Team, Work
 from .writing import Writing
 
@@ -133,7 +133,8 @@ def convert(
     checkpoint = Checkpoint.open(model)
     if routing is not None:
         learned = _reuse(routing, checkpoint, sparsity)
-        if changed := changes(learned.metadata.get("config", settings(checkpoint.config)), checkpoint.config):
+        before = learned.metadata.get("config")  # older files do not say
+        if before and (changed := changes(before, checkpoint.config)):
             report.note(
                 f"config.json is not what {routing} was calibrated with: {'; '.join(changed)}. Calibrate again, or expect "
                 "another sparsity and quality than it says."

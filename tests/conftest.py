@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from models import CONFIGS, make_random
 from quicker_export import install
 from trained import Converted
 
+from ir_convert import cli
 from ir_convert.errors import UserError
 from ir_convert.export.onnx.ops import build
 from ir_convert.export.onnx.ops.library import VARIABLE, location
@@ -57,6 +59,23 @@ def converted(tmp_path_factory):
     base = tmp_path_factory.getbasetemp()
     # Under pytest-xdist every process has a folder of its own in a common one.
     return Converted.shared((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "converted")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs the command in this process; returns (exit code, stdout, stderr)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["ir-convert", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as done:
+            code = done.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
 
 
 @pytest.fixture(scope="session")
