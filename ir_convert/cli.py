@@ -177,8 +177,7 @@ def convert(model: str, out: tuple[Path, ...], units: str, **options: object) ->
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 for greedy decoding.")
 @click.option("--seed", type=SEED, default=0, show_default=True)
 def generate(artifact: Path, prompt: str, **options: object) -> None:
-    """Continue PROMPT (or what comes on standard input, for -) with ARTIFACT, an .onnx file or a checkpoint folder that ir-convert
-    wrote."""
+    """Continue PROMPT, standard input for -, with ARTIFACT, an .onnx file or a checkpoint folder that ir-convert wrote."""
     from .generate import generate as stream
 
     if prompt == "-":

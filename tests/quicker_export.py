@@ -1,5 +1,7 @@
 """Tests export small models by the hundred: what onnxscript works out for every node anew is kept from one to the next."""
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 from onnxscript._internal import _inference
 
@@ -31,7 +33,7 @@ def _known_types(node: ir.Node) -> None:
         except Exception as error:  # the caller's own way: it goes on without
             _inferred[key] = error
             raise
-        _inferred[key] = [(value.type, None if value.shape is None else list(value.shape)) for value in node.outputs]
+        _inferred[key] = _kinds(node.outputs)
     elif isinstance(known := _inferred[key], Exception):
         raise known
     else:
@@ -52,15 +54,17 @@ def _key(node: ir.Node) -> tuple | None:
                 return None
             value = value.dtype, tuple(value.shape), value.tobytes()
         attributes.append((attribute.name, attribute.is_ref(), tuple(value) if isinstance(value, list) else value))
-    inputs = [None if value is None else (value.type, _shape(value), _small(value)) for value in node.inputs]
-    given = tuple((value.type, _shape(value)) for value in node.outputs)
-    return node.domain, node.op_type, node.version, tuple(attributes), tuple(inputs), given
+    constants = tuple(None if value is None else _small(value.const_value) for value in node.inputs)
+    kinds = _kinds(node.inputs), _kinds(node.outputs)
+    return node.domain, node.op_type, node.version, tuple(attributes), constants, kinds
 
 
-def _shape(value: ir.Value) -> tuple | None:
-    return None if value.shape is None else tuple(value.shape)
+def _kinds(values: Sequence[ir.Value | None]) -> tuple:
+    """Returns the type and the shape of each."""
+    return tuple(
+        None if value is None else (value.type, None if value.shape is None else tuple(value.shape)) for value in values
+    )
 
 
-def _small(value: ir.Value) -> bytes | None:
-    constant = value.const_value
+def _small(constant: ir.TensorProtocol | None) -> bytes | None:
     return None if constant is None or constant.size > _LARGEST else constant.tobytes()
