@@ -1,4 +1,4 @@
-# make demo: convert the tiny trained model and run what came out.   make test: all tests.   make lint: linters.
+# make demo: convert the tiny trained model and run what came out.   make test: all tests.   make lint: linters, and whether all tests import.
 # make test-interop: tests that need older packages than the rest, in .venv-interop.
 # make ops: build the library of native kernels into your cache folder (with CUDA kernels where nvcc is found); print where.
 PYTHON ?= python3
@@ -46,6 +46,7 @@ lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m pytest --collect-only -qqq --disable-warnings
 
 clean:
 	rm -rf .venv .venv-interop $(DEMO) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
-from models import CONFIGS, make_random
+from models import CONFIGS, make_random, save_random
 from quicker_export import install
 from trained import Converted
 
@@ -59,6 +59,14 @@ def converted(tmp_path_factory):
     base = tmp_path_factory.getbasetemp()
     # Under pytest-xdist every process has a folder of its own in a common one.
     return Converted.shared((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "converted")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A small random model without a tokenizer."""
+    path = tmp_path_factory.mktemp("base") / "model"
+    save_random("llama", path)
+    return path
 
 
 @pytest.fixture

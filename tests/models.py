@@ -1,5 +1,6 @@
 """Small random models of every family, and random routings for them."""
 
+import json
 import math
 from pathlib import Path
 
@@ -86,6 +87,11 @@ CONFIGS: dict[str, PretrainedConfig] = {
         **SIZES, head_dim=16, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=True
     ),
 }
+
+
+def edit(path: Path, **changes: object) -> None:
+    """Changes settings of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def save_random(name: str, path: Path, seed: int = 0, max_shard_size: str = "5GB") -> PreTrainedModel:

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
-from models import random_routing, save_random
+from models import edit, random_routing, save_random
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
@@ -22,10 +22,6 @@ from ir_convert.export.hf import write
 def folder(tmp_path):
     save_random("llama", tmp_path / "model", max_shard_size="60KB")
     return tmp_path / "model"
-
-
-def edit(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def test_sharded_and_single_read_the_same(folder, tmp_path):

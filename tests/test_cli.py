@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models import random_routing, save_random
+from models import random_routing
 from trained import TINY
 
 from ir_convert import report
@@ -21,13 +21,6 @@ from ir_convert.checkpoint import Checkpoint
 from ir_convert.errors import UserError
 from ir_convert.outputs import Output
 from ir_convert.routing import Routing
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    path = tmp_path_factory.mktemp("base") / "model"
-    save_random("llama", path)
-    return path
 
 
 @pytest.mark.parametrize(

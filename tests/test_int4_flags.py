@@ -4,15 +4,19 @@ import shutil
 
 import pytest
 from calibrations import shorten
+from jobs import OPTIONS, save_with_tokenizer
 from models import save_random
-from test_cli import base, run  # noqa: F401
-from test_job import OPTIONS, model  # noqa: F401
 
 from ir_convert.calibrate import local
 from ir_convert.convert import convert
 from ir_convert.export import onnx
 from ir_convert.export.onnx.int4 import Int4
 from ir_convert.routing import Routing
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_with_tokenizer(tmp_path_factory.mktemp("int4") / "model")
 
 
 @pytest.mark.parametrize(
@@ -30,7 +34,7 @@ from ir_convert.routing import Routing
         ),
     ],
 )
-def test_one_clear_line_and_nothing_written(arguments, message, run, base, tmp_path):  # noqa: F811
+def test_one_clear_line_and_nothing_written(arguments, message, run, base, tmp_path):
     code, out, err = run(base, *(argument.format(out=tmp_path / "out") for argument in arguments))
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert message in err
@@ -41,7 +45,7 @@ def interrupted(*_):
     raise KeyboardInterrupt
 
 
-def test_changed_method_is_refused_by_name(model, tmp_path, run, monkeypatch):  # noqa: F811
+def test_changed_method_is_refused_by_name(model, tmp_path, run, monkeypatch):
     shorten(monkeypatch)
     out, work = tmp_path / "r.safetensors", tmp_path / ".r.safetensors.work"
     with monkeypatch.context() as patch:
@@ -68,7 +72,7 @@ def test_changed_method_is_refused_by_name(model, tmp_path, run, monkeypatch):  
 
 
 @pytest.fixture(scope="module")
-def calibrated(model, tmp_path_factory):  # noqa: F811
+def calibrated(model, tmp_path_factory):
     """A routing file that was calibrated on units that k_quant quantised."""
     path = tmp_path_factory.mktemp("calibrated") / "r.safetensors"
     options = {"tokens": 3072, "block_size": 64, "rank": 4, "router_width": 4, "sparsity": 0.3}
@@ -105,14 +109,14 @@ def exported(monkeypatch):
         ([], None, "gets unquantised units, and the routing was calibrated on int4 units (k_quant)"),
     ],
 )
-def test_routing_file_says_how_to_quantise(flags, setting, remark, model, calibrated, exported, run, tmp_path):  # noqa: F811
+def test_routing_file_says_how_to_quantise(flags, setting, remark, model, calibrated, exported, run, tmp_path):
     code, _, err = run(model, "--routing", calibrated, "--out", tmp_path / "m.onnx", *flags)
     assert code == 0, err
     assert exported == [setting]
     assert (remark or "routing was calibrated on") in err if remark else "was calibrated on" not in err
 
 
-def test_calibrating_for_what_is_written(model, exported, run, tmp_path, monkeypatch):  # noqa: F811
+def test_calibrating_for_what_is_written(model, exported, run, tmp_path, monkeypatch):
     """All in one command; a naive calibration is remarked upon, one on quantised units is not."""
     shorten(monkeypatch)
     for flags, remarked in ((["--int4"], True), (["--int4", "--calibrate-quantised"], False)):
@@ -125,7 +129,7 @@ def test_calibrating_for_what_is_written(model, exported, run, tmp_path, monkeyp
     assert exported == [Int4(), Int4()]
 
 
-def test_bfloat16_is_for_gpus(model, calibrated, exported, run, tmp_path):  # noqa: F811
+def test_bfloat16_is_for_gpus(model, calibrated, exported, run, tmp_path):
     code, _, err = run(model, "--routing", calibrated, "--dtype", "bfloat16", "--out", tmp_path / "m.onnx")
     assert code == 0, err
     assert "ONNX Runtime runs bfloat16 models on GPUs alone" in err
@@ -135,7 +139,7 @@ def test_bfloat16_is_for_gpus(model, calibrated, exported, run, tmp_path):  # no
     assert "Triton's ONNX Runtime backend takes no bfloat16" in err
 
 
-def test_what_onnx_cannot_be_given_is_said_before_the_calibration(model, run, tmp_path):  # noqa: F811
+def test_what_onnx_cannot_be_given_is_said_before_the_calibration(model, run, tmp_path):
     save_random("qwen3_moe", tmp_path / "moe")
     code, _, err = run(tmp_path / "moe", "--calibrate-quantised", "--out", tmp_path / "r.safetensors")
     assert code == 2

@@ -15,55 +15,21 @@ import numpy as np
 import pytest
 import torch
 from calibrations import shorten
-from test_cli import run  # noqa: F401
-from trained import TINY
-from transformers import AutoModelForCausalLM, LlamaConfig
+from jobs import OPTIONS, command, same, save_with_tokenizer
 
 from ir_convert import convert as module
 from ir_convert.calibrate import refit
 from ir_convert.calibrate.endtoend import polish
 from ir_convert.errors import UserError
-from ir_convert.files import TOKENIZER_FILES
 from ir_convert.job import Job
 from ir_convert.routing import Routing
 from ir_convert.stream import work as stream_work
 from ir_convert.writing import Writing
 
-OPTIONS = [
-    "--device",
-    "cpu",
-    "--tokens",
-    "3072",
-    "--block-size",
-    "64",
-    "--rank",
-    "4",
-    "--router-width",
-    "4",
-    "--sparsity",
-    "0.3",
-]
-TIMES = ("fit_seconds", "calibration_seconds", "peak_memory_bytes")
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    """A random model with a real tokenizer."""
-    path = tmp_path_factory.mktemp("job") / "model"
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=2048,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(path)
-    for name in TOKENIZER_FILES:
-        if (TINY / name).is_file():
-            shutil.copy(TINY / name, path)
-    return path
+    return save_with_tokenizer(tmp_path_factory.mktemp("job") / "model")
 
 
 @pytest.fixture(autouse=True)
@@ -78,23 +44,6 @@ def unbroken(model, tmp_path_factory) -> Path:
     done = subprocess.run(command(model, out), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return out
-
-
-def command(model: Path, *outs: Path, launcher: tuple[str, ...] = (sys.executable,)) -> list[str]:
-    words = [*launcher, "-m", "ir_convert", str(model), *OPTIONS]
-    return words + [word for out in outs for word in ("--out", str(out))]
-
-
-def same(one: Path, other: Path) -> None:
-    first, second = Routing.load(one), Routing.load(other)
-    assert first.curve == second.curve
-    for key, unit in first.units.items():
-        for name, tensor in unit.tensors().items():
-            assert torch.equal(tensor, second.units[key].tensors()[name]), (key, name)
-    for routing in (first, second):
-        for name in TIMES:
-            assert routing.metadata.pop(name) >= 0
-    assert first.metadata == second.metadata
 
 
 def test_killed_and_resumed(model, unbroken, tmp_path):
@@ -116,7 +65,7 @@ def test_killed_and_resumed(model, unbroken, tmp_path):
     same(unbroken, out)
 
 
-def test_changed_option_is_refused_by_name(model, tmp_path, run):  # noqa: F811
+def test_changed_option_is_refused_by_name(model, tmp_path, run):
     out, work = tmp_path / "r.safetensors", tmp_path / ".r.safetensors.work"
     process = subprocess.Popen(command(model, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (work / "forward.1.safetensors").exists():
@@ -138,7 +87,7 @@ def test_changed_option_is_refused_by_name(model, tmp_path, run):  # noqa: F811
     assert Routing.load(out).metadata["rank"] == 5
 
 
-def test_a_run_keeps_others_away(model, unbroken, tmp_path, run):  # noqa: F811
+def test_a_run_keeps_others_away(model, unbroken, tmp_path, run):
     out = tmp_path / "r.safetensors"
     process = subprocess.Popen(command(model, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (tmp_path / ".r.safetensors.work" / "forward.1.safetensors").exists():
@@ -157,7 +106,7 @@ def test_a_run_keeps_others_away(model, unbroken, tmp_path, run):  # noqa: F811
     assert os.listdir(tmp_path) == [out.name]
 
 
-def test_what_failed_at_once_is_in_nobodys_way(model, tmp_path, run):  # noqa: F811
+def test_what_failed_at_once_is_in_nobodys_way(model, tmp_path, run):
     out = tmp_path / "r.safetensors"
     (tmp_path / ".r.safetensors.work").mkdir()
     (tmp_path / ".r.safetensors.work" / "job.json").write_text('{"model": "another"}')
@@ -171,7 +120,7 @@ def of_a_gpu(*_, **__):
 
 
 @pytest.mark.parametrize("full", [of_a_gpu, lambda *_: torch.empty(1 << 50), lambda *_: np.empty(1 << 50)])
-def test_goes_on_after_a_device_had_no_memory_left(full, model, tmp_path, run, monkeypatch):  # noqa: F811
+def test_goes_on_after_a_device_had_no_memory_left(full, model, tmp_path, run, monkeypatch):
     out = tmp_path / "r.safetensors"
     with monkeypatch.context() as patch:
         patch.setattr(refit, "train_activation", full)
@@ -185,7 +134,7 @@ def test_goes_on_after_a_device_had_no_memory_left(full, model, tmp_path, run, m
     assert "Going on with the interrupted run" in err
 
 
-def test_goes_on_after_a_disk_had_no_room(model, tmp_path, run, monkeypatch):  # noqa: F811
+def test_goes_on_after_a_disk_had_no_room(model, tmp_path, run, monkeypatch):
     def full(file, size):
         if "refit" in file.name:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
@@ -204,14 +153,14 @@ def test_goes_on_after_a_disk_had_no_room(model, tmp_path, run, monkeypatch):  #
     assert "Going on with the interrupted run" in err
 
 
-def test_little_room_is_said_before(model, tmp_path, run, monkeypatch):  # noqa: F811
+def test_little_room_is_said_before(model, tmp_path, run, monkeypatch):
     monkeypatch.setattr(module, "disk_usage", lambda _: SimpleNamespace(free=1000))
     code, _, err = run(model, *OPTIONS, "--out", tmp_path / "r.safetensors")
     assert code == 0, err
     assert f"{tmp_path} has 0.0 MB free: that may be too little." in err
 
 
-def test_blocks_longer_than_the_model_knows_are_said(model, tmp_path, run):  # noqa: F811
+def test_blocks_longer_than_the_model_knows_are_said(model, tmp_path, run):
     for length, said in ((32, True), (64, False)):
         shutil.copytree(model, short := tmp_path / str(length))
         config = json.loads((short / "config.json").read_text()) | {"max_position_embeddings": length}
@@ -223,7 +172,7 @@ def test_blocks_longer_than_the_model_knows_are_said(model, tmp_path, run):  # n
         ) == said
 
 
-def test_gradient_checkpointing_may_be_added_on_the_way(model, tmp_path, run, monkeypatch):  # noqa: F811
+def test_gradient_checkpointing_may_be_added_on_the_way(model, tmp_path, run, monkeypatch):
     out, options = tmp_path / "r.safetensors", [*OPTIONS, "--polish", 1]
     with monkeypatch.context() as patch:
         patch.setattr(polish, "train_routed", of_a_gpu)
@@ -238,7 +187,7 @@ def test_gradient_checkpointing_may_be_added_on_the_way(model, tmp_path, run, mo
     assert "Already done" in err
 
 
-def test_configuration_is_part_of_the_job(model, tmp_path, run):  # noqa: F811
+def test_configuration_is_part_of_the_job(model, tmp_path, run):
     base, out = tmp_path / "base", tmp_path / "r.safetensors"
     shutil.copytree(model, base)
     process = subprocess.Popen(command(base, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -263,7 +212,7 @@ def test_configuration_is_part_of_the_job(model, tmp_path, run):  # noqa: F811
         (base / name).write_text(before, "utf-8")
 
 
-def test_finished_is_not_repeated(model, unbroken, run):  # noqa: F811
+def test_finished_is_not_repeated(model, unbroken, run):
     before = unbroken.stat().st_mtime_ns
     code, out, err = run(model, *OPTIONS, "--out", unbroken)
     assert (code, out) == (0, "")
@@ -274,7 +223,7 @@ def test_finished_is_not_repeated(model, unbroken, run):  # noqa: F811
     assert "exists" in err
 
 
-def test_what_lost_a_file_is_not_done(model, run, tmp_path):  # noqa: F811
+def test_what_lost_a_file_is_not_done(model, run, tmp_path):
     outs = [word for name in ("m.onnx", "hf") for word in ("--out", tmp_path / name)]
     assert run(model, *OPTIONS, *outs)[0] == 0
     hf = ("config.json", "modeling_ir.py", "tokenizer.json", "model.safetensors")
@@ -298,7 +247,7 @@ def test_what_lost_a_file_is_not_done(model, run, tmp_path):  # noqa: F811
     assert (code, "lies in" in err) == (2, True)  # what is done already is in the way as well
 
 
-def test_what_was_killed_when_all_was_written_leaves_nothing(model, tmp_path, run, monkeypatch):  # noqa: F811
+def test_what_was_killed_when_all_was_written_leaves_nothing(model, tmp_path, run, monkeypatch):
     out, work = tmp_path / "r.safetensors", tmp_path / ".r.safetensors.work"
     with monkeypatch.context() as patch:
         patch.setattr(Job, "clear", lambda *_: None)
@@ -312,7 +261,7 @@ def test_what_was_killed_when_all_was_written_leaves_nothing(model, tmp_path, ru
     assert not list(tmp_path.glob(".*"))
 
 
-def test_options_that_do_nothing_are_refused(model, tmp_path, run):  # noqa: F811
+def test_options_that_do_nothing_are_refused(model, tmp_path, run):
     for options, said in (
         (("--steps", 3), "--steps 3 is of the paper and greedy recipes"),
         (("--recipe", "greedy", "--rank", 3), "--rank 3 is of forecasters"),
@@ -322,7 +271,7 @@ def test_options_that_do_nothing_are_refused(model, tmp_path, run):  # noqa: F81
         assert said in err
 
 
-def test_a_finished_calibration_is_written_another_way(model, tmp_path, run, monkeypatch):  # noqa: F811
+def test_a_finished_calibration_is_written_another_way(model, tmp_path, run, monkeypatch):
     """What decides how files are written may change after the calibration: writing may have failed for it."""
     out, write = tmp_path / "m.onnx", Writing.write
 
@@ -341,14 +290,14 @@ def test_a_finished_calibration_is_written_another_way(model, tmp_path, run, mon
     assert not list(tmp_path.glob(".*"))
 
 
-def test_estimate_is_printed_first(model, tmp_path, run):  # noqa: F811
+def test_estimate_is_printed_first(model, tmp_path, run):
     code, _, err = run(model, *OPTIONS, "--out", tmp_path / "r.safetensors", "--units", "mlp")
     assert code == 0, err
     assert err.index("Calibration will take about") < err.index("forward")
     assert {unit for _, unit in Routing.load(tmp_path / "r.safetensors").units} == {"mlp"}
 
 
-def test_sources_with_weights(model, tmp_path, run):  # noqa: F811
+def test_sources_with_weights(model, tmp_path, run):
     words = "the quick brown fox jumps over the lazy dog and runs away from here to there again "
     (tmp_path / "a.txt").write_text("\n".join(f"{index} {words}" for index in range(400)))
     records = [json.dumps({"body": f"{index}: {words[::-1]}"}) for index in range(400)]

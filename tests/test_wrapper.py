@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from models import SIZES, random_routing
+from models import SIZES, edit, random_routing
 from safetensors.torch import load_file, save_file
-from test_checkpoint import edit
 from tokenizers import Tokenizer, decoders, normalizers
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
