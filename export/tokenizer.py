@@ -7,7 +7,7 @@ from ir_convert.checkpoint import Checkpoint
 from ir_convert.errors import UserError
 
 # Version 5 of transformers reads tokenizer.json as it is in these families, whatever class their folders name.
-TOKENIZED_AS_IS = ("granite", "mistral", "olmo2", "phi3")
+TOKENIZED_AS_IS = ("granite", "mistral", "olmo2", "olmo3", "phi3")
 
 
 def name_class(checkpoint: Checkpoint, folder: Path) -> None:

@@ -85,6 +85,8 @@ class Checkpoint:
         config = text or config
         rope.read_as_version_5(config)
         experts.read_as_version_5(config)
+        if config.model_type == "gemma" and config.hidden_act == "gelu":
+            config.hidden_act = "gelu_pytorch_tanh"  # which the name stood for; transformers 5 reads it so
         require_supported(config)
         if (path / ADAPTER).is_file():  # transformers would load it, too
             raise UserError(

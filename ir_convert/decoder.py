@@ -12,7 +12,7 @@ from .checkpoint import Checkpoint
 from .errors import UserError
 from .experts import fit_experts
 from .families import Family, family_of, sliding_windows
-from .rope import SLIDING
+from .rope import rebuilt, rotary_embedding
 from .units import rms_normalised
 
 LOGITS = 1 << 24  # numbers: so many logits are in memory together
@@ -102,8 +102,8 @@ def skeleton(config: PretrainedConfig, device: torch.device) -> Any:
         model: Any = AutoModelForCausalLM.from_config(config, attn_implementation=attention_kernel(config)).eval()
     inner = model.model
     for name, module in list(inner.named_children()):
-        if "rotary" in name:  # transformers 4 has a second one for Gemma 3's local layers, with its own configuration
-            setattr(inner, name, type(module)(config=module.config).to(device))
+        if "rotary" in name:
+            setattr(inner, name, rebuilt(module).to(device))
     if hasattr(inner.embed_tokens, "embed_scale"):
         inner.embed_tokens.embed_scale = torch.tensor(family_of(config).embedding_scale(config), device=device)
     return model.requires_grad_(False)
@@ -163,13 +163,9 @@ class Decoder:
         return Head(norm.requires_grad_(False), weight, family, self.config)
 
     def _rotary(self, index: int) -> Rotary:
-        """Returns the position embedding of a layer; Gemma 3's local and global layers have different ones."""
-        inner = self._skeleton.model
-        if hasattr(inner, "rotary_emb_local"):  # transformers 4
-            return inner.rotary_emb_local if self.config.layer_types[index] == SLIDING else inner.rotary_emb
-        if isinstance(inner.rotary_emb.rope_type, dict):  # transformers 5
-            return lambda x, positions: inner.rotary_emb(x, positions, self.config.layer_types[index])
-        return inner.rotary_emb
+        """Returns the position embedding of a layer; in some families local and global layers have different ones."""
+        module, kind = rotary_embedding(self._skeleton.model, self.config, index)
+        return module if kind is None else lambda x, positions: module(x, positions, kind)
 
     def _release(self) -> None:
         if self._loaded is not None:

@@ -9,13 +9,13 @@ without a norm before the unit (OLMo 2) gives the unit x itself; forecaster and 
 square, the norm without weights, for x grows from layer to layer and they must not have to.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from transformers import PretrainedConfig
 
 from .errors import UserError
-from .rope import rope_parameters
+from .rope import SLIDING, rope_parameters
 
 UNITS = ("attention", "mlp")
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
@@ -64,6 +64,10 @@ def _field(name: str) -> Callable[[PretrainedConfig], float]:
     return lambda config: getattr(config, name)
 
 
+def _root_of_width(config: PretrainedConfig) -> float:
+    return config.hidden_size**0.5
+
+
 def _by_head_dim(config: PretrainedConfig) -> float:
     return head_dim(config) ** -0.5
 
@@ -95,7 +99,7 @@ class Family:
     residual_multiplier: Number = _one
     logit_divisor: Number = _one
     logit_softcap: Cap = _none
-    rope_layers: Callable[[PretrainedConfig], list[int] | None] = _none
+    rope_layers: Callable[[PretrainedConfig], Sequence[int] | None] = _none
     windows: bool = True
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens.weight"
@@ -118,17 +122,31 @@ _GEMMA2 = Family(
     _SANDWICH_MLP,
     activation="hidden_activation",
     norm_offset=1.0,
-    embedding_scale=lambda config: config.hidden_size**0.5,
+    embedding_scale=_root_of_width,
     attention_scale=lambda config: config.query_pre_attn_scalar**-0.5,
     attention_softcap=_field("attn_logit_softcapping"),
     logit_softcap=_field("final_logit_softcapping"),
 )
+
+_OLMO2 = Family(
+    replace(_ATTENTION_QK_NORM, whole_norms=True, norm=None, post_norm="post_attention_layernorm"),
+    replace(_MLP, norm=None, post_norm="post_feedforward_layernorm"),
+    windows=False,
+)
+
+
+def _rotates_locally(config: PretrainedConfig) -> list[bool] | None:
+    """EXAONE 4: where some layers have a window, those alone rotate."""
+    return None if config.sliding_window is None else [kind == SLIDING for kind in config.layer_types]
+
 
 FAMILIES = {
     "llama": _LLAMA,
     "mistral": _MISTRAL,
     "qwen2": _MISTRAL,
     "qwen3": Family(_ATTENTION_QK_NORM, _MLP),
+    "seed_oss": _LLAMA,
+    "gemma": replace(_LLAMA, norm_offset=1.0, embedding_scale=_root_of_width),
     "gemma2": _GEMMA2,
     # Its configuration has a soft cap for attention as well, and its code in transformers does not use it.
     "gemma3_text": replace(
@@ -138,10 +156,10 @@ FAMILIES = {
         replace(_ATTENTION, packed={"qkv_proj": ("q_proj", "k_proj", "v_proj")}),
         replace(_MLP, packed={"gate_up_proj": ("gate_proj", "up_proj")}),
     ),
-    "olmo2": Family(
-        replace(_ATTENTION_QK_NORM, whole_norms=True, norm=None, post_norm="post_attention_layernorm"),
-        replace(_MLP, norm=None, post_norm="post_feedforward_layernorm"),
-        windows=False,
+    "olmo2": _OLMO2,
+    "olmo3": replace(_OLMO2, windows=True),
+    "exaone4": replace(
+        _OLMO2, attention=replace(_OLMO2.attention, whole_norms=False), windows=True, rope_layers=_rotates_locally
     ),
     "smollm3": replace(_MISTRAL, rope_layers=lambda config: config.no_rope_layers),
     "granite": replace(

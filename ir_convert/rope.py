@@ -1,8 +1,10 @@
 """RoPE's settings of a configuration, whichever transformers reads it: 4 and 5 keep them in different places."""
 
+import inspect
 from typing import Any
 
 import transformers
+from torch import nn
 from transformers import PretrainedConfig
 
 TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
@@ -23,7 +25,10 @@ def all_rope_parameters(config: PretrainedConfig) -> dict[str, Any]:
     parameters = {"rope_theta": values["rope_theta"], **scaling}
     if (share := values.get("partial_rotary_factor")) is not None:
         parameters["partial_rotary_factor"] = share
-    if (local := values.get("rope_local_base_freq")) is not None:
+    local = values.get("rope_local_base_freq")
+    if local is None and values["model_type"].endswith("olmo3"):  # its local layers have no scaling
+        local = parameters["rope_theta"]
+    if local is not None:
         return {FULL: parameters, SLIDING: {"rope_theta": local, "rope_type": "default"}}
     return parameters
 
@@ -32,6 +37,24 @@ def rope_parameters(config: PretrainedConfig, layer: int) -> dict[str, Any]:
     """Returns the settings of one layer."""
     parameters = all_rope_parameters(config)
     return parameters[config.layer_types[layer]] if FULL in parameters else parameters
+
+
+def rotary_embedding(decoder: Any, config: PretrainedConfig, layer: int) -> tuple[Any, str | None]:
+    """Returns the module that gives a layer's cosines and sines, and the kind of layer that it has to be told; None for none."""
+    kinds: Any = getattr(config, "layer_types", None)
+    if hasattr(decoder, "rotary_embs"):  # transformers 4, OLMo 3
+        return decoder.rotary_embs[kinds[layer]], None
+    if kinds and hasattr(decoder, "rotary_emb_local"):  # transformers 4, Gemma 3
+        return decoder.rotary_emb_local if kinds[layer] == SLIDING else decoder.rotary_emb, None
+    return decoder.rotary_emb, kinds[layer] if isinstance(decoder.rotary_emb.rope_type, dict) else None
+
+
+def rebuilt(rotary: Any) -> Any:
+    """Returns a rotary embedding as it was made, on the device that is current: it computes its values from its configuration."""
+    if isinstance(rotary, nn.ModuleDict):
+        return nn.ModuleDict({kind: rebuilt(module) for kind, module in rotary.items()})
+    unscaled = "rope_type" in inspect.signature(type(rotary)).parameters and rotary.rope_type == "default"
+    return type(rotary)(config=rotary.config, **({"rope_type": "default"} if unscaled else {}))
 
 
 def read_as_version_5(config: PretrainedConfig) -> None:

@@ -7,18 +7,22 @@ from pathlib import Path
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Exaone4Config,
     Gemma2Config,
     Gemma3TextConfig,
+    GemmaConfig,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
     Olmo2Config,
+    Olmo3Config,
     Phi3Config,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    SeedOssConfig,
     SmolLM3Config,
 )
 
@@ -87,6 +91,23 @@ CONFIGS: dict[str, PretrainedConfig] = {
         **SIZES, head_dim=16, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=True
     ),
 }
+LOCAL = {"layer_types": GEMMA["layer_types"], "sliding_window": 7}
+# Put together from what those above are tested for: tests/test_relatives.py holds these against transformers.
+RELATIVES: dict[str, PretrainedConfig] = {
+    "seed_oss": SeedOssConfig(
+        **SIZES, head_dim=16, attention_bias=True, attention_out_bias=False, attention_dropout=0.0, residual_dropout=0.0
+    ),
+    "gemma": GemmaConfig(**SIZES, head_dim=16, hidden_act="gelu_pytorch_tanh"),
+    "olmo3": Olmo3Config(
+        **SIZES,
+        **LOCAL,
+        rope_theta=5000.0,
+        rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    ),
+    "exaone4": Exaone4Config(**SIZES, **LOCAL),
+    "exaone4-global": Exaone4Config(**SIZES, sliding_window=None, layer_types=["full_attention"] * 3),
+}
+EVERY = CONFIGS | RELATIVES
 
 
 def edit(path: Path, **changes: object) -> None:
@@ -95,9 +116,9 @@ def edit(path: Path, **changes: object) -> None:
 
 
 def save_random(name: str, path: Path, seed: int = 0, max_shard_size: str = "5GB") -> PreTrainedModel:
-    """Writes a random checkpoint of ``CONFIGS[name]``, every parameter away from its initial 0 or 1; returns the model."""
+    """Writes a random checkpoint of a configuration by its name, every parameter away from its initial 0 or 1; returns the model."""
     torch.manual_seed(seed)
-    config = CONFIGS[name]
+    config = EVERY[name]
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention_kernel(config))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -111,7 +132,7 @@ def save_random(name: str, path: Path, seed: int = 0, max_shard_size: str = "5GB
 
 
 def make_random(name: str, path: Path) -> tuple[str, PreTrainedModel, Checkpoint, Routing]:
-    """Writes a random checkpoint of ``CONFIGS[name]``; returns the name, the model, the checkpoint and a routing for it."""
+    """Writes a random checkpoint of a configuration; returns the name, the model, the checkpoint and a routing for it."""
     model = save_random(name, path)
     checkpoint = Checkpoint.open(str(path))
     return name, model, checkpoint, random_routing(checkpoint)

@@ -4,23 +4,23 @@ import copy
 import json
 
 import pytest
-from models import CONFIGS
+from models import EVERY
 
 from ir_convert.settings import changes, settings
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", EVERY)
 def test_what_a_file_keeps_is_what_the_configuration_says(name):
-    kept = json.loads(json.dumps(settings(CONFIGS[name])))
+    kept = json.loads(json.dumps(settings(EVERY[name])))
     assert {"rms_norm_eps", "num_attention_heads"} < set(kept)
-    assert changes(kept, CONFIGS[name]) == []
-    other = copy.deepcopy(CONFIGS[name])
+    assert changes(kept, EVERY[name]) == []
+    other = copy.deepcopy(EVERY[name])
     other.rms_norm_eps, other.vocab_size = 0.25, 7
     assert changes(kept, other) == [f"rms_norm_eps was {kept['rms_norm_eps']}, is 0.25"]
 
 
 def test_each_kind_of_layer_and_long_lists():
-    kept = settings(CONFIGS["gemma3"])
+    kept = settings(EVERY["gemma3"])
     assert kept["rope.full_attention.rope_theta"] != kept["rope.sliding_attention.rope_theta"]
-    (change,) = changes(kept | {"layer_types": ["full_attention"] * 3}, CONFIGS["gemma3"])
+    (change,) = changes(kept | {"layer_types": ["full_attention"] * 3}, EVERY["gemma3"])
     assert change == "layer_types was [full_attention, ...], is [sliding_attention, ...]"

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from models import CONFIGS
+from models import CONFIGS, EVERY
 from transformers import Gemma3TextConfig, GPT2Config, Llama4Config, LlamaConfig, Qwen3MoeConfig
 
 from ir_convert.errors import UserError
@@ -63,14 +63,14 @@ def test_one_clear_line(config, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", EVERY)
 def test_every_family_is_supported(name):
-    require_supported(CONFIGS[name])
+    require_supported(EVERY[name])
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", EVERY)
 def test_onnx_builds_every_family(name):
-    check_model(CONFIGS[name], int4=CONFIGS[name].model_type != "qwen3_moe")
+    check_model(EVERY[name], int4=EVERY[name].model_type != "qwen3_moe")
 
 
 @pytest.mark.parametrize(

@@ -87,12 +87,16 @@ class RoutedAttention(RoutedUnit):
                 cos, sin = (angle.expand(len(hidden_states), -1, -1)[where].unsqueeze(1) for angle in (cos, sin))
                 queries = rotate(queries, cos, sin)
             attended = self._attend(queries, keys, values, attention_mask, where, hidden_states.shape[1])
-            output[where] = self.finished(self.o_proj(attended.flatten(1))).to(output.dtype)  # under autocast
+            output[where] = self.finished(self.project_out(attended.flatten(1))).to(output.dtype)  # under autocast
         return output, None
 
     def project(self, part: str, x: Tensor) -> Tensor:
         """Projects ``[..., hidden]`` to all heads of the queries, keys or values (``q``, ``k``, ``v``)."""
         return getattr(self, f"{part}_proj")(x)
+
+    def project_out(self, attended: Tensor) -> Tensor:
+        """Projects what all heads attended to, ``[executed, heads x head_dim]`` -> ``[executed, hidden]``."""
+        return self.o_proj(attended)
 
     def _heads(self, part: str, x: Tensor) -> Tensor:
         """Projects ``[..., hidden]`` -> ``[..., heads, head_dim]``, normalised in the families that do."""

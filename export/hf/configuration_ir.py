@@ -7,21 +7,25 @@ from typing import Any
 
 import numpy as np
 from transformers import (
+    Exaone4Config,
     Gemma2Config,
     Gemma3TextConfig,
+    GemmaConfig,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
     Olmo2Config,
+    Olmo3Config,
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    SeedOssConfig,
     SmolLM3Config,
 )
 
 # Transformers tells modeling code apart by the source of *this* file: it has to change whenever the others do.
-MODELING_SHA256 = "a00921fc9442"
+MODELING_SHA256 = "d0510704ca59"
 
 
 class InformedRouting:
@@ -79,7 +83,7 @@ class InformedRouting:
 
 def rope_of_version_4(parameters: dict[str, Any]) -> dict[str, Any]:
     """Returns transformers 5's ``rope_parameters`` in the spelling of transformers 4."""
-    if "full_attention" in parameters:  # Gemma 3: local layers have a base of their own
+    if "full_attention" in parameters:  # Gemma 3 and OLMo 3: local layers have a base of their own, and no scaling
         local = parameters["sliding_attention"]["rope_theta"]
         return rope_of_version_4(parameters["full_attention"]) | {"rope_local_base_freq": local}
     beside: dict[str, Any] = {
@@ -158,6 +162,22 @@ class IRQwen3MoeConfig(InformedRouting, Qwen3MoeConfig):
     model_type = "ir_qwen3_moe"
 
 
+class IRSeedOssConfig(InformedRouting, SeedOssConfig):
+    model_type = "ir_seed_oss"
+
+
+class IRGemmaConfig(InformedRouting, GemmaConfig):
+    model_type = "ir_gemma"
+
+
+class IROlmo3Config(InformedRouting, Olmo3Config):
+    model_type = "ir_olmo3"
+
+
+class IRExaone4Config(InformedRouting, Exaone4Config):
+    model_type = "ir_exaone4"
+
+
 for _config in (
     IRLlamaConfig,
     IRMistralConfig,
@@ -170,5 +190,9 @@ for _config in (
     IRSmolLM3Config,
     IRGraniteConfig,
     IRQwen3MoeConfig,
+    IRSeedOssConfig,
+    IRGemmaConfig,
+    IROlmo3Config,
+    IRExaone4Config,
 ):
     _config.register_for_auto_class()  # save_pretrained copies this file

@@ -13,12 +13,22 @@ model is the dense one. Decisions are deterministic.
 from functools import wraps
 from typing import Any
 
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.models.exaone4.modeling_exaone4 import (
+    Exaone4Attention,
+    Exaone4ForCausalLM,
+    Exaone4MLP,
+    Exaone4RMSNorm,
+)
+from transformers.models.gemma.modeling_gemma import GemmaAttention, GemmaForCausalLM, GemmaMLP
 from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention, Gemma2ForCausalLM, Gemma2MLP, Gemma2RMSNorm
 from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention, Gemma3ForCausalLM, Gemma3MLP, Gemma3RMSNorm
 from transformers.models.granite.modeling_granite import GraniteAttention, GraniteForCausalLM, GraniteMLP
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaForCausalLM, LlamaMLP
 from transformers.models.mistral.modeling_mistral import MistralAttention, MistralForCausalLM, MistralMLP
 from transformers.models.olmo2.modeling_olmo2 import Olmo2Attention, Olmo2ForCausalLM, Olmo2MLP, Olmo2RMSNorm
+from transformers.models.olmo3.modeling_olmo3 import Olmo3Attention, Olmo3ForCausalLM, Olmo3MLP, Olmo3RMSNorm
 from transformers.models.phi3.modeling_phi3 import Phi3Attention, Phi3ForCausalLM, Phi3MLP
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2ForCausalLM, Qwen2MLP
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3ForCausalLM, Qwen3MLP
@@ -27,20 +37,25 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import (
     Qwen3MoeForCausalLM,
     Qwen3MoeSparseMoeBlock,
 )
+from transformers.models.seed_oss.modeling_seed_oss import SeedOssAttention, SeedOssForCausalLM, SeedOssMLP
 from transformers.models.smollm3.modeling_smollm3 import SmolLM3Attention, SmolLM3ForCausalLM, SmolLM3MLP
 
 from .attention_ir import RoutedAttention, RoutedPackedAttention
 from .configuration_ir import (
+    IRExaone4Config,
     IRGemma2Config,
     IRGemma3TextConfig,
+    IRGemmaConfig,
     IRGraniteConfig,
     IRLlamaConfig,
     IRMistralConfig,
     IROlmo2Config,
+    IROlmo3Config,
     IRPhi3Config,
     IRQwen2Config,
     IRQwen3Config,
     IRQwen3MoeConfig,
+    IRSeedOssConfig,
     IRSmolLM3Config,
 )
 from .control_ir import (
@@ -195,6 +210,68 @@ class IRQwen3MoeForCausalLM(InformedRouting, Qwen3MoeForCausalLM):
         return super().forward(*args, **kwargs)
 
 
+class IRSeedOssAttention(RoutedAttention, SeedOssAttention):  # type: ignore[misc]
+    def project_out(self, attended: Tensor) -> Tensor:
+        return F.dropout(self.o_proj(attended), self.residual_dropout, self.training)
+
+
+class IRSeedOssMLP(RoutedMLP, SeedOssMLP): ...
+
+
+class IRSeedOssForCausalLM(InformedRouting, SeedOssForCausalLM):
+    config_class = IRSeedOssConfig
+    attention, mlp = IRSeedOssAttention, IRSeedOssMLP
+
+
+class IRGemmaAttention(RoutedAttention, GemmaAttention): ...  # type: ignore[misc]
+
+
+class IRGemmaMLP(RoutedMLP, GemmaMLP): ...
+
+
+class IRGemmaForCausalLM(InformedRouting, GemmaForCausalLM):
+    config_class = IRGemmaConfig
+    attention, mlp = IRGemmaAttention, IRGemmaMLP
+
+
+class IROlmo3Attention(RoutedAttention, Olmo3Attention):
+    normed, whole_norm = False, True
+
+
+class IROlmo3MLP(RoutedMLP, Olmo3MLP):
+    normed = False
+
+
+class IROlmo3RMSNorm(PostNorm, Olmo3RMSNorm): ...
+
+
+class IROlmo3ForCausalLM(InformedRouting, Olmo3ForCausalLM):
+    config_class = IROlmo3Config
+    attention, mlp = IROlmo3Attention, IROlmo3MLP
+    post_norm = IROlmo3RMSNorm
+
+
+class IRExaone4Attention(RoutedAttention, Exaone4Attention):  # type: ignore[misc]
+    normed = False
+
+    @property
+    def use_rope(self) -> bool:
+        return self.sliding_window is None or self.is_sliding
+
+
+class IRExaone4MLP(RoutedMLP, Exaone4MLP):
+    normed = False
+
+
+class IRExaone4RMSNorm(PostNorm, Exaone4RMSNorm): ...
+
+
+class IRExaone4ForCausalLM(InformedRouting, Exaone4ForCausalLM):
+    config_class = IRExaone4Config
+    attention, mlp = IRExaone4Attention, IRExaone4MLP
+    post_norm = IRExaone4RMSNorm
+
+
 MODELS = (
     IRLlamaForCausalLM,
     IRMistralForCausalLM,
@@ -207,6 +284,10 @@ MODELS = (
     IRSmolLM3ForCausalLM,
     IRGraniteForCausalLM,
     IRQwen3MoeForCausalLM,
+    IRSeedOssForCausalLM,
+    IRGemmaForCausalLM,
+    IROlmo3ForCausalLM,
+    IRExaone4ForCausalLM,
 )
 for _model in MODELS:
     _model.register_for_auto_class("AutoModelForCausalLM")  # save_pretrained copies this file

@@ -80,7 +80,7 @@ def _config(checkpoint: Checkpoint, routing: Routing, dtype: torch.dtype) -> dic
         values.pop(name, None)
     model = MODELS[f"ir_{checkpoint.config.model_type}"]
     configuration = model.config_class
-    layers = checkpoint.config.num_hidden_layers
+    layers, activation = checkpoint.config.num_hidden_layers, checkpoint.family.activation
     return (
         values
         | _rope(checkpoint)
@@ -91,6 +91,7 @@ def _config(checkpoint: Checkpoint, routing: Routing, dtype: torch.dtype) -> dic
                 "AutoConfig": f"configuration_ir.{configuration.__name__}",
                 "AutoModelForCausalLM": f"modeling_ir.{model.__name__}",
             },
+            activation: getattr(checkpoint.config, activation),
             "dtype": str(dtype).removeprefix("torch."),
             "tie_word_embeddings": checkpoint.tied,
             "forecaster_rank": _sizes(routing, layers, lambda unit: unit.forecaster.rank),

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from ir_convert.errors import UserError
 from ir_convert.families import family_of
-from ir_convert.rope import SLIDING, rope_parameters
+from ir_convert.rope import rebuilt, rope_parameters, rotary_embedding
 
 from .body import largest
 
@@ -59,17 +59,14 @@ def frequencies(config: PretrainedConfig, layer: int = 0) -> Frequencies:
     """
     with torch.device("meta"):
         inner = AutoModelForCausalLM.from_config(config).get_decoder()
-    module, prefix = inner.rotary_emb, ""
-    if getattr(config, "layer_types", None) and hasattr(inner, "rotary_emb_local"):  # transformers 4
-        module = inner.rotary_emb_local if config.layer_types[layer] == SLIDING else module
-    elif isinstance(module.rope_type, dict):  # transformers 5
-        prefix = f"{config.layer_types[layer]}_"
-    kind = module.rope_type[prefix[:-1]] if prefix else module.rope_type
+    module, layer_kind = rotary_embedding(inner, config, layer)
+    prefix = "" if layer_kind is None else f"{layer_kind}_"
+    kind = module.rope_type if layer_kind is None else module.rope_type[layer_kind]
     if kind == "dynamic":
         raise UserError(
             f"rotary embedding of type '{kind}' depends on the input's length; ONNX export does not support it"
         )
-    rotary = type(module)(config=module.config)  # on the CPU
+    rotary = rebuilt(module)  # on the CPU
     inverse, scale = getattr(rotary, f"{prefix}inv_freq").float().clone(), getattr(rotary, f"{prefix}attention_scaling")
     if (bound := long_text_bound(config, layer)) is None:
         return Frequencies(inverse, float(scale))

@@ -1,18 +1,12 @@
 """An exported checkpoint of every family."""
 
 import pytest
-from routed_models import Exported, dense_reference
-
-from ir_convert.export.hf import load, write
+from routed_models import Exported, export
 
 
 @pytest.fixture(scope="session")
 def exported(random_model, tmp_path_factory) -> Exported:
-    name, base, checkpoint, routing = random_model
-    folder = tmp_path_factory.mktemp(f"ir-{name}")
-    write(checkpoint, routing, folder)
-    model = load(folder).eval()
-    return Exported(name, base, model, dense_reference(base, routing), checkpoint, routing, folder)
+    return export(random_model, tmp_path_factory.mktemp(f"ir-{random_model[0]}"))
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ir_convert.checkpoint import Checkpoint
+from ir_convert.export.hf import load, write
 from ir_convert.families import FAMILIES, UNITS, Unit
 from ir_convert.routing import Routing
 from ir_convert.units import RoutedUnit, merge
@@ -22,7 +23,8 @@ class DenseUnit(nn.Module):
         super().__init__()
         self.unit, self.routed, self.threshold = getattr(layer, places.module), routed, -math.inf
         self.bare, self.eps, self.factor = places.norm is None, eps, getattr(layer, "residual_multiplier", 1.0)
-        self.is_sliding = getattr(self.unit, "is_sliding", False)
+        for name in ("is_sliding", "attention_type"):  # by which layers and models of transformers 4 choose a mask
+            setattr(self, name, getattr(self.unit, name, None))
         self.post_norm: nn.Module = nn.Identity()
         if places.post_norm is not None:
             self.post_norm = getattr(layer, places.post_norm)
@@ -66,6 +68,13 @@ class Exported:
         self.model.config.routing_threshold = threshold
         for unit in self.units().values():
             unit.threshold = threshold
+
+
+def export(made: tuple[str, PreTrainedModel, Checkpoint, Routing], folder: Path) -> Exported:
+    """Writes a checkpoint of what ``make_random`` returned into an existing folder, and loads it."""
+    name, base, checkpoint, routing = made
+    write(checkpoint, routing, folder)
+    return Exported(name, base, load(folder).eval(), dense_reference(base, routing), checkpoint, routing, folder)
 
 
 def dense_reference(base: PreTrainedModel, routing: Routing) -> PreTrainedModel:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import CONFIGS, random_routing, save_random
+from models import EVERY, random_routing, save_random
 from routed_models import tokens
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -330,7 +330,7 @@ def test_every_family_is_exported():
     from ir_convert.families import FAMILIES
 
     assert set(MODELS) == {f"ir_{family}" for family in FAMILIES}
-    assert {config.model_type for config in CONFIGS.values()} == set(FAMILIES)
+    assert {config.model_type for config in EVERY.values()} == set(FAMILIES)
 
 
 @torch.no_grad()

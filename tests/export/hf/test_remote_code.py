@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import CONFIGS, random_routing, save_random
+from models import EVERY, random_routing, save_random
 from routed_models import tokens
 from transformers import AutoModelForCausalLM
 
@@ -71,8 +71,8 @@ def test_the_code_imports_nothing_but_its_neighbours_torch_and_transformers():
 def test_fresh_process(tmp_path):
     """Every family in one process, a checkpoint with other code among them; then saved and loaded again."""
     ids = tokens(2, 11)
-    folders, expected, last = {}, {}, list(CONFIGS)[-1]
-    for name in CONFIGS:
+    folders, expected, last = {}, {}, list(EVERY)[-1]
+    for name in EVERY:
         save_random(name, tmp_path / name)
         checkpoint = Checkpoint.open(str(tmp_path / name))
         folder = tmp_path / f"ir-{name}"
@@ -95,7 +95,7 @@ def test_fresh_process(tmp_path):
     )
     assert process.returncode == 0, process.stderr
     marks = dict(line.split() for line in process.stdout.splitlines())
-    assert marks == {"other": "other", **dict.fromkeys(CONFIGS, "None")}
+    assert marks == {"other": "other", **dict.fromkeys(EVERY, "None")}
     logits = torch.load(tmp_path / "again.pt")
     again = logits.pop("again")
     assert all(logits[name].equal(expected[name]) for name in logits)
