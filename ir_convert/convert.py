@@ -5,11 +5,10 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from shutil import disk_usage
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -29,8 +28,8 @@ from .lock import alone
 from .outputs import Output, check_apart
 from .progress import Reporter, Silent
 from .quantisation import Quantisation
+from .reuse import flag, require_no_calibration, reuse
 from .routing import Routing
-from .settings import changes
 from .stream import Team, Work
 from .writing import Writing
 
@@ -126,19 +125,14 @@ def convert(
     writing.check_flags()
     if routing is not None:
         routing = expanded(routing)
-        _check_ignored(routing, given)
+        defaults = {name: argument.default for name, argument in inspect.signature(convert).parameters.items()}
+        require_no_calibration(routing, given, defaults)
     team = Team.assemble(processor)
     processor = team.device(processor)
     report = report if report and team.rank == 0 else Silent()
     checkpoint = Checkpoint.open(model)
     if routing is not None:
-        learned = _reuse(routing, checkpoint, sparsity)
-        before = learned.metadata.get("config")  # older files do not say
-        if before and (changed := changes(before, checkpoint.config)):
-            report.note(
-                f"config.json is not what {routing} was calibrated with: {'; '.join(changed)}. Calibrate again, or expect "
-                "another sparsity and quality than it says."
-            )
+        learned = reuse(routing, checkpoint, sparsity, report)
         writing = replace(writing, quantisation=quantisation.of(learned))
         sizes = {}
         if team.rank == 0:
@@ -173,7 +167,7 @@ def convert(
             "model": checkpoint.weights_sha256,
             "config.json": checkpoint.sha256(["config.json"]),
         }
-        | {_flag(name): value for name, value in options.as_dict().items()}
+        | {flag(name): value for name, value in options.as_dict().items()}
         | {"--tokens": tokens, "--block-size": block_size, "--calibration text": blocks.sha256}
         | {"vocabulary": sha256(checkpoint.vocabulary.numpy().tobytes()).hexdigest()}
         | {"--device": processor.type, "number of processes": team.size}
@@ -273,44 +267,6 @@ def _outputs(paths: Sequence[Path], target: str) -> list[Output]:
     if target == "triton" and not any(output.kind == target for output in outputs):
         raise UserError("--target triton wants a folder of the model repository, e.g. --out model_repository/ir-llama")
     return outputs
-
-
-def _reuse(path: Path, checkpoint: Checkpoint, sparsity: float | None) -> Routing:
-    """Reads a routing file made for this very model, and moves its dial to another sparsity if asked."""
-    routing = Routing.load(path)
-    if absent := [name for name in ("base_model", "weights_sha256", "sparsity") if name not in routing.metadata]:
-        raise UserError(f"the routing file {path} is damaged (its metadata has no {absent[0]}): calibrate again")
-    if (made_for := routing.metadata["weights_sha256"]) != checkpoint.weights_sha256:
-        raise UserError(
-            f"{path} was made for other weights ({routing.metadata['base_model']}, sha256 {made_for[:12]}...) than "
-            f"{checkpoint.name}: name the model it was made for, or calibrate again"
-        )
-    routing.metadata.pop("job_sha256", None)  # what comes of it is another command's
-    if sparsity is not None:
-        threshold = routing.curve.at(sparsity)
-        routing.metadata |= {"sparsity": sparsity, "threshold": threshold if sparsity else None}
-    return routing
-
-
-def _check_ignored(routing: Path, given: dict[str, Any]) -> None:
-    """Raises UserError where something is asked of a calibration that the routing file takes the place of."""
-    defaults = inspect.signature(convert).parameters
-    names = ("calibration", "text_field", "tokens", "block_size", "restart", *(field.name for field in fields(Options)))
-    ignored = [
-        _flag(name) for name in names if name != "sparsity" and _plain(given[name]) != _plain(defaults[name].default)
-    ]
-    if ignored:
-        raise UserError(
-            f"{', '.join(ignored)}: of a calibration, whose place --routing {routing} takes: leave them out"
-        )
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
 def _device(name: str) -> torch.device:

@@ -47,7 +47,8 @@ def save_with_tokenizer(path: Path) -> Path:
 
 
 def command(model: Path, *outs: Path, launcher: tuple[str, ...] = (sys.executable,)) -> list[str]:
-    words = [*launcher, "-m", "ir_convert", str(model), *OPTIONS]
+    """Returns the command, whose fits are short."""
+    words = [*launcher, str(Path(__file__).with_name("short_command.py")), str(model), *OPTIONS]
     return words + [word for out in outs for word in ("--out", str(out))]
 
 

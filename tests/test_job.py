@@ -34,7 +34,7 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    """Fits in this process are short; commands in processes of their own run in full."""
+    """Fits in this process are as short as those in processes of their own."""
     shorten(monkeypatch)
 
 

@@ -8,9 +8,13 @@ from calibrations import shorten
 from trained import TOKENS, Converted
 
 from ir_convert.calibrate import Options, calibrate
+from ir_convert.calibrate.recipes import fit
+from ir_convert.calibrate.threshold import Meter
 from ir_convert.data import Blocks, Source, read_blocks
 from ir_convert.data.blocks import BLOCK
 from ir_convert.evaluate import Quality, measure
+from ir_convert.progress import Silent
+from ir_convert.stream import Team, Work
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +46,16 @@ def test_more_sparsity_costs_more(figures):
 
 
 def test_forecasting_beats_skipping(converted, figures):
-    greedy = calibrate(converted.checkpoint, calibration(converted, TOKENS), Options(sparsity=0.25, rank=0))
-    measured = measure(converted.decoder, greedy.units, converted.unseen, [greedy.threshold])
+    # As calibrate() does, but for the rest of the curve.
+    blocks, options = (
+        calibration(converted, TOKENS),
+        Options(sparsity=0.25, rank=0).settled(converted.checkpoint.config),
+    )
+    parts = Work(), Team(), Silent()
+    greedy = fit(converted.checkpoint, blocks, options, torch.device("cpu"), *parts)
+    meter = Meter(converted.decoder, blocks.threshold, options.kv_cache, *parts)
+    threshold = meter.near(greedy.units, greedy.scores, options.sparsity, "after the refit")
+    measured = measure(converted.decoder, greedy.units, converted.unseen, [threshold])
     dense, skipping = measured.quality(0), measured.quality(1)
     excess = math.log(figures[1].perplexity / dense.perplexity)
     greedy_excess = math.log(skipping.perplexity / dense.perplexity)

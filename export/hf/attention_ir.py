@@ -1,15 +1,18 @@
 """Routed attention. This file travels with the checkpoint, see modeling_ir.py."""
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.models.llama.modeling_llama import repeat_kv, rotate_half
+from transformers.cache_utils import Cache
+from transformers.models.llama.modeling_llama import LlamaAttention, repeat_kv, rotate_half
 
 from .routed_ir import RoutedUnit, Where
 
 KERNELS = "sdpa", "eager", "paged|eager"
+CACHE = "cache" if "cache" in inspect.signature(LlamaAttention.forward).parameters else "past_key_values"
 
 
 class RoutedAttention(RoutedUnit):
@@ -42,14 +45,19 @@ class RoutedAttention(RoutedUnit):
     ) -> tuple[Tensor, Tensor | None]:
         """Like the family's, but there are no attention weights where tokens are approximated.
 
+        The cache is ``past_key_values``, or ``cache`` from version 5.24 of transformers on; in continuous batching that has
+        always been a paged one's name.
+
         With a strict KV cache, an approximated token's keys and values are zero, and no token sees a key that is zero in
         every head: the cache itself says who is in it.
         """
         h = self.seen(hidden_states)
         where = self.executed(h)
-        every, paged = where is None, kwargs.get("cache")
+        every = where is None
+        cache = kwargs.pop("cache", None) if past_key_values is None else past_key_values
+        paged = cache is not None and not isinstance(cache, Cache)
         # A strict cache may hold gaps; transformers' own attention over a paged cache knows no soft cap.
-        if every and (paged is not None or (self.strict and past_key_values is not None)):
+        if every and (paged or (self.strict and cache is not None)):
             rows, columns = hidden_states.new_ones(hidden_states.shape[:2]).nonzero(as_tuple=True)
             where = rows, columns
         if where is None:
@@ -57,7 +65,7 @@ class RoutedAttention(RoutedUnit):
                 hidden_states=hidden_states,
                 position_embeddings=position_embeddings,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
+                **{CACHE: cache},
                 **kwargs,
             )
             return self.finished(output), weights
@@ -75,12 +83,11 @@ class RoutedAttention(RoutedUnit):
         rotated = getattr(self, "use_rope", True)
         if rotated:
             keys = rotate(keys, cos.unsqueeze(1), sin.unsqueeze(1))
-        if past_key_values is not None:
-            # Version 4 of transformers places the tokens in a static cache by these.
+        if cache is not None:
+            # Version 4 of transformers places the tokens in a static cache by these; with a paged one texts of all lengths are
+            # in one row, and the arguments say where they lie.
             place = {"sin": sin, "cos": cos, "cache_position": kwargs.get("cache_position")}
-            keys, values = past_key_values.update(keys, values, self.layer_idx, place)
-        elif paged is not None:  # continuous batching: texts of all lengths in one row, and where they lie
-            keys, values = paged.update(keys, values, self.layer_idx, kwargs)
+            keys, values = cache.update(keys, values, self.layer_idx, kwargs if paged else place)
         if len(where[0]):
             queries = self._heads("q", hidden_states[where])
             if rotated:

@@ -54,6 +54,7 @@ class Padding:
         """A hook before a decoder's forward: takes it from a 2-D mask of exactly the tokens that are cached and those that are new."""
         named = dict(zip(("input_ids", "attention_mask"), args, strict=False)) | kwargs
         new, mask, cache = named.get("input_ids"), named.get("attention_mask"), named.get("past_key_values")
+        cache = named.get("cache") if cache is None else cache  # from version 5.24 of transformers on
         new = named.get("inputs_embeds") if new is None else new
         self.real = None
         if new is not None and isinstance(mask, Tensor) and mask.ndim == 2:

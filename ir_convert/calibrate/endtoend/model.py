@@ -114,7 +114,8 @@ class _RoutedAttention(_RoutedModule):
         super().__init__(key, layer, config, routing, now)
         self._strict, self._window = strict, sliding_windows(config)[key[0]]
         self._eager = attention_kernel(config) == "eager"
-        self.is_sliding = getattr(self.inner, "is_sliding", False)  # Gemma 3's layers ask in transformers 4
+        for name in ("is_sliding", "attention_type"):  # Gemma 3's layers and OLMo 3's model ask in transformers 4
+            setattr(self, name, getattr(self.inner, name, None))
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **others: Any

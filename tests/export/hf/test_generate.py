@@ -1,11 +1,15 @@
 """Generation: with a cache and without, in chunks, in batches."""
 
+import gc
+
 import pytest
 import torch
 import transformers
 from routed_models import tokens
 from torch.testing import assert_close
 from transformers import DynamicCache
+
+from ir_convert.rope import rotary_embedding
 
 LONG = {"max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False}
 SHORT = {"max_new_tokens": 12, "min_new_tokens": 12}
@@ -55,10 +59,12 @@ def test_continuous_batching(exported, blocks, dense):
     model, prompts = exported.model, [tokens(1, length, seed=length)[0].tolist() for length in (23, 4, 40, 1, 9)]
     texts = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
     config = transformers.ContinuousBatchingConfig(num_blocks=blocks, max_batch_tokens=32, page_size=16)
+    gc.freeze()  # it collects garbage twice, which takes seconds among all that other tests hold
     with model.routing_statistics() as together:
         results = model.generate_batch(
             prompts, transformers.GenerationConfig(**texts), continuous_batching_config=config, progress_bar=False
         )
+    gc.unfreeze()
     found = [result.generated_tokens for result in results.values()]
     with model.routing_statistics() as alone:
         expected = [model.generate(torch.tensor([prompt]), **texts)[0, len(prompt) :].tolist() for prompt in prompts]
@@ -67,6 +73,24 @@ def test_continuous_batching(exported, blocks, dense):
         return
     assert together.tokens == alone.tokens
     assert together.sparsity == pytest.approx(alone.sparsity, abs=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dense", [True, False])
+def test_a_cache_by_either_of_its_names(exported, dense):
+    """Layers hand it over as ``cache`` from version 5.24 of transformers on."""
+    if dense:
+        exported.set_threshold(-torch.inf)
+    attention, config = exported.model.model.layers[0].self_attn, exported.model.config
+    x = torch.randn(2, 7, config.hidden_size, generator=torch.Generator().manual_seed(0))
+    rotary, kind = rotary_embedding(exported.model.model, config, 0)
+    angles = rotary(x, torch.arange(7)[None], *([] if kind is None else [kind]))
+    outputs = []
+    for name in ("past_key_values", "cache"):
+        cache = DynamicCache(config=config)
+        outputs.append(attention(x, position_embeddings=angles, attention_mask=None, **{name: cache})[0])
+        assert cache.get_seq_length() == 7
+    assert outputs[0].equal(outputs[1])
 
 
 @torch.no_grad()

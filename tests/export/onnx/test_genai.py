@@ -7,7 +7,7 @@ import numpy as np
 import onnxruntime_genai as og
 import pytest
 import torch
-from models import CONFIGS, SIZES, random_routing, save_random
+from models import CONFIGS, EVERY, SIZES, random_routing, save_random
 from transformers import Phi3Config
 
 from ir_convert.checkpoint import Checkpoint
@@ -108,7 +108,7 @@ def test_a_text_that_grows_past_the_bound_of_its_frequencies(share, tmp_path, mo
     }
     sizes = SIZES | {"max_position_embeddings": 8192}
     config = Phi3Config(**sizes, original_max_position_embeddings=4096, rope_scaling=scaling)
-    monkeypatch.setitem(CONFIGS, "phi3-4096", config)
+    monkeypatch.setitem(EVERY, "phi3-4096", config)
     save_random("phi3-4096", tmp_path / "base")
     checkpoint = Checkpoint.open(str(tmp_path / "base"))
     (tmp_path / "m").mkdir()
