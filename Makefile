@@ -1,4 +1,5 @@
-# make demo: convert the tiny trained model and run what came out.   make test: all tests.   make lint: linters, and whether all tests import.
+# make demo: convert the tiny trained model and run what came out.   make test: all tests.
+# make lint: linters, and whether all tests import.
 # make test-interop: tests that need older packages than the rest, in .venv-interop.
 # make ops: build the library of native kernels into your cache folder (with CUDA kernels where nvcc is found); print where.
 PYTHON ?= python3
