@@ -7,6 +7,8 @@ import transformers
 from torch import nn
 from transformers import PretrainedConfig
 
+from .errors import UserError
+
 TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -58,11 +60,19 @@ def rebuilt(rotary: Any) -> Any:
 
 
 def read_as_version_5(config: PretrainedConfig) -> None:
-    """transformers 4 overlooks the settings of a configuration that 5 wrote: puts them where it looks."""
+    """transformers 4 overlooks the settings of a configuration that 5 wrote: puts them where it looks.
+
+    Raises:
+        UserError: it has no place for them.
+    """
     parameters = getattr(config, "rope_parameters", None)
     if transformers.__version__.startswith("4.") and parameters:
-        from .export.hf.configuration_ir import rope_of_version_4  # imports every family, for 4 alone
+        from .export.hf.configuration_ir import require_one_base, rope_of_version_4  # imports every family, for 4 alone
 
+        try:
+            require_one_base(config.model_type, parameters)
+        except ValueError as error:
+            raise UserError(str(error)) from error
         config.rope_scaling = None
         for name, value in rope_of_version_4(parameters).items():
             setattr(config, name, value)

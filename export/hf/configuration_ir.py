@@ -98,15 +98,30 @@ def rope_of_version_4(parameters: dict[str, Any]) -> dict[str, Any]:
     return beside | {"rope_scaling": scaling}
 
 
+def require_one_base(model_type: str, parameters: dict[str, Any]) -> None:
+    """Raises ValueError where transformers 4 cannot hold these ``rope_parameters``: its OLMo 3 has one base for all layers."""
+    bases = {kind["rope_theta"] for kind in parameters.values() if isinstance(kind, dict) and "rope_theta" in kind}
+    if model_type.endswith("olmo3") and len(bases) > 1:
+        raise ValueError(
+            f"rope_theta differs between kinds of layers ({', '.join(map(str, sorted(bases)))}), which transformers 4 has not in "
+            "OLMo 3: use transformers 5"
+        )
+
+
 def _rope_as_read_here(values: dict[str, Any]) -> dict[str, Any]:
     """Returns a configuration with RoPE in one spelling, that of the running transformers."""
-    parameters = values.get("rope_parameters")
+    parameters, model_type = values.get("rope_parameters"), values.get("model_type", "")
+    if not parameters and model_type.endswith("olmo3") and "rope_theta" in values:
+        # Version 5 would give the base that version 4 saved to global layers alone.
+        base = {"rope_theta": values["rope_theta"], "rope_type": "default"}
+        parameters = {"full_attention": base | (values.get("rope_scaling") or {}), "sliding_attention": base}
     if not parameters:
         return values
     spellings = ("rope_parameters", "rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor")
     others = {name: values[name] for name in values if name not in spellings}
     if hasattr(LlamaConfig, "rope_parameters"):
         return {**others, "rope_parameters": parameters}
+    require_one_base(model_type, parameters)
     return {**others, **rope_of_version_4(parameters)}
 
 

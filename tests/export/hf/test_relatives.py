@@ -5,12 +5,16 @@ import math
 
 import pytest
 import torch
+import transformers
 from models import RELATIVES, edit, make_random, random_routing, save_random
 from routed_models import Exported, export, tokens
 from torch.testing import assert_close
 
 from ir_convert.checkpoint import Checkpoint
+from ir_convert.errors import UserError
 from ir_convert.export.hf import write
+from ir_convert.export.hf.configuration_ir import IROlmo3Config
+from ir_convert.rope import rope_parameters
 
 TEXT = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False}
 
@@ -73,3 +77,22 @@ def test_the_activation_of_gemma_by_its_old_name(tmp_path):
     (tmp_path / "ir").mkdir()
     write(checkpoint, random_routing(checkpoint), tmp_path / "ir")
     assert json.loads((tmp_path / "ir" / "config.json").read_text())["hidden_act"] == "gelu_pytorch_tanh"
+
+
+def test_bases_of_olmo_3(tmp_path):
+    """Local and global layers have one base in version 4 of transformers, each its own in version 5."""
+    config = IROlmo3Config.from_dict({"model_type": "ir_olmo3", "rope_theta": 1000.0, "num_hidden_layers": 4})
+    assert {rope_parameters(config, layer)["rope_theta"] for layer in range(4)} == {1000.0}
+    kinds = {"full_attention": {"rope_theta": 1000.0}, "sliding_attention": {"rope_theta": 70.0}}
+    parameters = {kind: {"rope_type": "default", **base} for kind, base in kinds.items()}
+    written = {"model_type": "ir_olmo3", "rope_parameters": parameters, "num_hidden_layers": 4}
+    if transformers.__version__ < "5":
+        with pytest.raises(ValueError, match=r"rope_theta differs .*\(70.0, 1000.0\).*: use transformers 5"):
+            IROlmo3Config.from_dict(written)
+        save_random("olmo3", tmp_path)
+        edit(tmp_path / "config.json", rope_parameters=parameters)
+        with pytest.raises(UserError, match="rope_theta differs"):
+            Checkpoint.open(str(tmp_path))
+    else:
+        config = IROlmo3Config.from_dict(written)
+        assert [rope_parameters(config, layer)["rope_theta"] for layer in range(4)] == [70.0, 70.0, 70.0, 1000.0]
