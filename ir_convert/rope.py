@@ -20,7 +20,8 @@ def all_rope_parameters(config: PretrainedConfig) -> dict[str, Any]:
     """
     values = config.to_dict()
     if parameters := values.get("rope_parameters"):
-        return parameters
+        # Settings of all layers may lie beside those of each kind, and are then not read.
+        return {kind: parameters[kind] for kind in (FULL, SLIDING) if kind in parameters} or parameters
     scaling = dict(values.get("rope_scaling") or {"rope_type": "default"})
     if "type" in scaling:
         scaling.setdefault("rope_type", scaling.pop("type"))

@@ -15,6 +15,9 @@ DECISIVE = (
     "head_dim",
     "sliding_window",
     "layer_types",
+    "attention_bias",
+    "attention_out_bias",
+    "mlp_bias",
     "no_rope_layers",
     "attn_logit_softcapping",
     "final_logit_softcapping",
@@ -38,7 +41,8 @@ def settings(config: PretrainedConfig) -> dict[str, Any]:
 def changes(before: dict[str, Any], config: PretrainedConfig) -> list[str]:
     """Returns what has changed since, a phrase each: ``rms_norm_eps was 1e-05, is 1e-06``."""
     now = settings(config)
-    names = [name for name in before | now if before.get(name) != now.get(name)]
+    # None, False and 0 say the same; older files lack some names.
+    names = [name for name in before | now if (before.get(name) or None) != (now.get(name) or None)]
     return [f"{name} was {_short(before.get(name))}, is {_short(now.get(name))}" for name in names]
 
 

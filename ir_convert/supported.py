@@ -1,11 +1,14 @@
 """What a model's configuration may ask for: anything else is named in one line before any work is done."""
 
+from typing import Any
+
 from transformers import PretrainedConfig
 
 from .errors import UserError
 from .families import ACTIVATIONS, Family, experts_of, family_of
-from .rope import FULL, TYPES, all_rope_parameters
+from .rope import FULL, SLIDING, TYPES, all_rope_parameters
 
+PER_KIND = ("gemma3_text", "olmo3")  # whose layers of each kind have a position embedding of their own
 COUNTS = (
     "num_hidden_layers",
     "hidden_size",
@@ -51,8 +54,8 @@ def require_supported(config: PretrainedConfig) -> Family:
             f"num_attention_heads {config.num_attention_heads} is no multiple of num_key_value_heads "
             f"{config.num_key_value_heads}: correct config.json"
         )
-    parameters = all_rope_parameters(config)
-    for rope in [parameters] if FULL not in parameters else parameters.values():
+    _require_kinds_of_layers(config, family)
+    for rope in _ropes(config):
         theta = rope.get("rope_theta")
         if isinstance(theta, bool) or not isinstance(theta, int | float) or theta <= 0:
             raise UserError(f"rope_theta is {theta!r} in config.json: a positive number is expected")
@@ -63,6 +66,41 @@ def require_supported(config: PretrainedConfig) -> Family:
     if experts_of(config) is not None:
         _require_experts_everywhere(config)
     return family
+
+
+def _require_kinds_of_layers(config: PretrainedConfig, family: Family) -> None:
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return
+    if len(kinds) != config.num_hidden_layers:
+        raise UserError(
+            f"layer_types has {len(kinds)} entries for {config.num_hidden_layers} layers: correct config.json"
+        )
+    if unknown := sorted({str(kind) for kind in kinds} - {FULL, SLIDING}):
+        raise UserError(
+            f"layers of type '{unknown[0]}' (layer_types) are not supported: convert a model with {FULL}, {SLIDING}"
+        )
+    window = getattr(config, "sliding_window", None)
+    if SLIDING in kinds and family.windows and not (isinstance(window, int) and window >= 1):
+        raise UserError(
+            f"sliding_window is {window!r}, and layer_types has {SLIDING}: a whole number from 1 on is expected"
+        )
+
+
+def _ropes(config: PretrainedConfig) -> list[dict[str, Any]]:
+    """Returns the settings of the position embedding: those of all layers, or of each kind of layer."""
+    parameters = all_rope_parameters(config)
+    if not {FULL, SLIDING} & set(parameters):
+        return [parameters]
+    ropes = [parameters.get(kind) for kind in (FULL, SLIDING)]
+    if config.model_type not in PER_KIND or not all(isinstance(rope, dict) for rope in ropes):
+        raise UserError(
+            f"rope_parameters names kinds of layers: {FULL} and {SLIDING} are expected, in models of type {' and '.join(PER_KIND)} "
+            "alone"
+        )
+    if any(rope.get("rope_type") == "longrope" for rope in ropes if rope):
+        raise UserError("rope_parameters of a kind of layers has rope_type 'longrope': that is not supported there")
+    return [rope for rope in ropes if rope]
 
 
 def _require_experts_everywhere(config: PretrainedConfig) -> None:

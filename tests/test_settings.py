@@ -24,3 +24,14 @@ def test_each_kind_of_layer_and_long_lists():
     assert kept["rope.full_attention.rope_theta"] != kept["rope.sliding_attention.rope_theta"]
     (change,) = changes(kept | {"layer_types": ["full_attention"] * 3}, EVERY["gemma3"])
     assert change == "layer_types was [full_attention, ...], is [sliding_attention, ...]"
+
+
+def test_biases():
+    kept = settings(EVERY["seed_oss"])
+    other = copy.deepcopy(EVERY["seed_oss"])
+    other.mlp_bias, other.attention_bias = True, False
+    assert changes(kept, other) == ["attention_bias was True, is False", "mlp_bias was False, is True"]
+    for name in ("attention_bias", "mlp_bias", "attention_out_bias"):
+        kept.pop(name)  # as in files of before
+    other.mlp_bias = False
+    assert changes(kept, other) == []

@@ -1,5 +1,6 @@
 """What a configuration may ask for, what it may not, and what the ONNX graph does not build."""
 
+import copy
 import re
 
 import pytest
@@ -8,6 +9,7 @@ from transformers import Gemma3TextConfig, GPT2Config, Llama4Config, LlamaConfig
 
 from ir_convert.errors import UserError
 from ir_convert.export.onnx import check_model
+from ir_convert.rope import all_rope_parameters
 from ir_convert.supported import require_supported
 
 
@@ -19,6 +21,10 @@ def changed(config, **values):
 
 ROPE = {"rope_type": "spiral", "rope_theta": 10000.0}
 THETA = {"rope_type": "default", "rope_theta": "10000"}
+KINDS = {
+    "full_attention": {"rope_type": "longrope", "rope_theta": 10000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+}
 
 
 @pytest.mark.parametrize(
@@ -52,6 +58,28 @@ THETA = {"rope_type": "default", "rope_theta": "10000"}
             changed(LlamaConfig(), num_key_value_heads=5),
             "num_attention_heads 32 is no multiple of num_key_value_heads 5",
         ),
+        (
+            changed(EVERY["olmo3"].__class__(), layer_types=["full_attention"]),
+            "layer_types has 1 entries for 32 layers",
+        ),
+        (
+            changed(EVERY["exaone4"].__class__(), layer_types=["linear_attention"] * 32),
+            "layers of type 'linear_attention' .* are not supported",
+        ),
+        (
+            changed(EVERY["olmo3"].__class__(), sliding_window=None),
+            "sliding_window is None, and layer_types has sliding",
+        ),
+        (changed(EVERY["exaone4"].__class__(), sliding_window=0), "sliding_window is 0, and layer_types has sliding"),
+        (
+            changed(LlamaConfig(), rope_parameters=KINDS),
+            "names kinds of layers: .* in models of type gemma3_text and olmo3",
+        ),
+        (
+            changed(Gemma3TextConfig(), rope_parameters={"full_attention": ROPE}),
+            "names kinds of layers: .* are expected",
+        ),
+        (changed(EVERY["olmo3"].__class__(), rope_parameters=KINDS), "has rope_type 'longrope': that is not supported"),
         (changed(CONFIGS["granite"].__class__(), residual_multiplier=0), "residual_multiplier is 0"),
         (Qwen3MoeConfig(mlp_only_layers=[0]), re.escape("mlp_only_layers is [0]: models in which some layers")),
         (Qwen3MoeConfig(decoder_sparse_step=2), "decoder_sparse_step is 2: models in which some layers"),
@@ -61,6 +89,14 @@ def test_one_clear_line(config, message):
     with pytest.raises(UserError, match=message) as caught:
         require_supported(config)
     assert "\n" not in str(caught.value)
+
+
+def test_settings_of_all_layers_beside_those_of_each_kind():
+    """transformers puts the latter beside what it finds; they alone are read."""
+    config = copy.deepcopy(EVERY["olmo3"])
+    config.rope_parameters = {"rope_type": "default", "rope_theta": 1.0} | all_rope_parameters(config)
+    require_supported(config)
+    assert all_rope_parameters(config) == all_rope_parameters(EVERY["olmo3"])
 
 
 @pytest.mark.parametrize("name", EVERY)

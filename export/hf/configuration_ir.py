@@ -99,12 +99,14 @@ def rope_of_version_4(parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 def require_one_base(model_type: str, parameters: dict[str, Any]) -> None:
-    """Raises ValueError where transformers 4 cannot hold these ``rope_parameters``: its OLMo 3 has one base for all layers."""
-    bases = {kind["rope_theta"] for kind in parameters.values() if isinstance(kind, dict) and "rope_theta" in kind}
-    if model_type.endswith("olmo3") and len(bases) > 1:
+    """Raises ValueError where transformers 4 cannot hold these ``rope_parameters``: its OLMo 3 scales global layers alone."""
+    if not model_type.endswith("olmo3") or "sliding_attention" not in parameters:
+        return
+    local, base = parameters["sliding_attention"], parameters["full_attention"].get("rope_theta")
+    if local.get("rope_theta") != base or local.get("rope_type", "default") != "default":
         raise ValueError(
-            f"rope_theta differs between kinds of layers ({', '.join(map(str, sorted(bases)))}), which transformers 4 has not in "
-            "OLMo 3: use transformers 5"
+            f"sliding layers rotate by {local}: transformers 4 has the base of all other layers, {base}, and no scaling there: "
+            "use transformers 5"
         )
 
 
