@@ -7,7 +7,7 @@ import transformers
 from torch import nn
 from transformers import PretrainedConfig
 
-from .errors import UserError
+from .errors import UserError, one_line
 
 TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -64,7 +64,7 @@ def read_as_version_5(config: PretrainedConfig) -> None:
     """transformers 4 overlooks the settings of a configuration that 5 wrote: puts them where it looks.
 
     Raises:
-        UserError: it has no place for them.
+        UserError: it has no place for them, or they are damaged.
     """
     parameters = getattr(config, "rope_parameters", None)
     if transformers.__version__.startswith("4.") and parameters:
@@ -72,8 +72,13 @@ def read_as_version_5(config: PretrainedConfig) -> None:
 
         try:
             require_one_base(config.model_type, parameters)
+            spelled = rope_of_version_4(parameters)
         except ValueError as error:
             raise UserError(str(error)) from error
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"rope_parameters in config.json are not as transformers writes them: {one_line(error)}"
+            ) from error
         config.rope_scaling = None
-        for name, value in rope_of_version_4(parameters).items():
+        for name, value in spelled.items():
             setattr(config, name, value)

@@ -90,9 +90,13 @@ def test_bases_of_olmo_3(tmp_path):
         with pytest.raises(ValueError, match=r"sliding layers rotate by .*70.0.*: use transformers 5"):
             IROlmo3Config.from_dict(written)
         save_random("olmo3", tmp_path)
-        edit(tmp_path / "config.json", rope_parameters=parameters)
-        with pytest.raises(UserError, match="sliding layers rotate by"):
-            Checkpoint.open(str(tmp_path))
+        for damage, message in (
+            (parameters, "sliding layers rotate by"),
+            ({"full_attention": {}}, "'sliding_attention'"),
+        ):
+            edit(tmp_path / "config.json", rope_parameters=damage)
+            with pytest.raises(UserError, match=message):
+                Checkpoint.open(str(tmp_path))
     else:
         config = IROlmo3Config.from_dict(written)
         assert [rope_parameters(config, layer)["rope_theta"] for layer in range(4)] == [70.0, 70.0, 70.0, 1000.0]
