@@ -1,6 +1,5 @@
 """Fixtures shared by all tests."""
 
-import gc
 import os
 import shutil
 import sys
@@ -46,11 +45,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     order = sorted(files, key=place)
     items[:] = [item for path in order for item in files[path]]
-
-
-def pytest_collection_finish() -> None:
-    """What has been imported stays: no garbage collection needs to look at it again."""
-    gc.freeze()
 
 
 @pytest.fixture(scope="session", params=list(CONFIGS))

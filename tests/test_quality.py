@@ -47,10 +47,8 @@ def test_more_sparsity_costs_more(figures):
 
 def test_forecasting_beats_skipping(converted, figures):
     # As calibrate() does, but for the rest of the curve.
-    blocks, options = (
-        calibration(converted, TOKENS),
-        Options(sparsity=0.25, rank=0).settled(converted.checkpoint.config),
-    )
+    blocks = calibration(converted, TOKENS)
+    options = Options(sparsity=0.25, rank=0).settled(converted.checkpoint.config)
     parts = Work(), Team(), Silent()
     greedy = fit(converted.checkpoint, blocks, options, torch.device("cpu"), *parts)
     meter = Meter(converted.decoder, blocks.threshold, options.kv_cache, *parts)
