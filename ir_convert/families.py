@@ -247,12 +247,19 @@ def packed_rows(config: PretrainedConfig, unit: str, projection: str) -> tuple[s
     return projection, None
 
 
+def layer_matrices(config: PretrainedConfig) -> list[tuple[int, int, int]]:
+    """Returns (input, output) widths of one layer's linear projections, all experts' included, and how many have these."""
+    sizes, experts = projection_sizes(config), experts_of(config)
+    if experts is None:
+        return [(*size, 1) for size in sizes.values()]
+    d, mixed = config.hidden_size, set(family_of(config).mlp.skipped) - {"gate"}
+    others = [(*size, 1) for name, size in sizes.items() if name not in mixed]
+    return [*others, (d, experts.width, 2 * experts.count), (experts.width, d, experts.count)]
+
+
 def layer_parameters(config: PretrainedConfig) -> int:
     """Returns how many weights the linear projections of one layer have, all experts' included."""
-    total = sum(inputs * outputs for inputs, outputs in projection_sizes(config).values())
-    if (experts := experts_of(config)) is not None:
-        total += 3 * config.hidden_size * experts.width * (experts.count - experts.active)
-    return total
+    return sum(count * inputs * outputs for inputs, outputs, count in layer_matrices(config))
 
 
 def sliding_windows(config: PretrainedConfig) -> list[int | None]:

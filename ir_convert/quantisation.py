@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from .checkpoint import Checkpoint
 from .errors import UserError
-from .export.onnx.int4 import Int4, Packed, quantise
+from .export.onnx.int4 import Int4, quantise
+from .export.onnx.int4_methods import Packed
 from .export.onnx.int8 import BLOCK
-from .families import projection_sizes
+from .families import layer_matrices
 from .files import sync
 from .outputs import Output
 from .routing import Routing
@@ -58,6 +59,11 @@ class Quantisation:
     @property
     def setting(self) -> Int4:
         return Int4(self.method or Int4.method)
+
+    @property
+    def seen(self) -> Int4 | None:
+        """How units are quantised, in ONNX files or for the calibration alone."""
+        return self.setting if self.int4 or self.calibrate else None
 
     @property
     def written(self) -> Int4 | None:
@@ -108,11 +114,12 @@ def onnx_bytes(checkpoint: Checkpoint, dtype: torch.dtype, int4: Int4 | None) ->
     weights = checkpoint.weight_bytes // checkpoint.stored_dtype.itemsize
     if int4 is None:
         return weights * dtype.itemsize
-    sizes, layers = projection_sizes(checkpoint.config).values(), checkpoint.config.num_hidden_layers
+    sizes, layers = layer_matrices(checkpoint.config), checkpoint.config.num_hidden_layers
     head = checkpoint.config.vocab_size * checkpoint.config.hidden_size
     # A head of its own goes over to int8; a tied one becomes a copy in int8.
-    projections = layers * sum(inputs * outputs for inputs, outputs in sizes) + (0 if checkpoint.tied else head)
-    packed = layers * sum(int4.size(outputs, inputs, dtype.itemsize) for inputs, outputs in sizes)
+    projections = layers * sum(count * inputs * outputs for inputs, outputs, count in sizes)
+    projections += 0 if checkpoint.tied else head
+    packed = layers * sum(count * int4.size(outputs, inputs, dtype.itemsize) for inputs, outputs, count in sizes)
     packed += checkpoint.config.vocab_size * -(-checkpoint.config.hidden_size // BLOCK) * (BLOCK + dtype.itemsize)
     return max(0, weights - projections) * dtype.itemsize + packed
 

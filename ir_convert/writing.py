@@ -62,7 +62,7 @@ class Writing:
         """Raises UserError where an output exists, has no room, or cannot hold this model."""
         # What is calibrated on quantised units is for an ONNX file to come.
         if self._has_onnx or self.quantisation.calibrate:
-            onnx.check_model(checkpoint.config, self.quantisation.int4 or self.quantisation.calibrate)
+            onnx.check_model(checkpoint.config, self.quantisation.seen)
             genai.settings(checkpoint, "")
         check_outputs(list(self.outputs), checkpoint, self.overwrite, lambda output: self._estimate(output, checkpoint))
 

@@ -88,7 +88,12 @@ CONFIGS: dict[str, PretrainedConfig] = {
         tie_word_embeddings=True,
     ),
     "qwen3_moe": Qwen3MoeConfig(
-        **SIZES, head_dim=16, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=True
+        **(SIZES | {"hidden_size": 64}),  # of whole blocks in int4, as the experts' width is
+        head_dim=16,
+        num_experts=5,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        norm_topk_prob=True,
     ),
 }
 LOCAL = {"layer_types": GEMMA["layer_types"], "sliding_window": 7}

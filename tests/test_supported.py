@@ -9,6 +9,7 @@ from transformers import Gemma3TextConfig, GPT2Config, Llama4Config, LlamaConfig
 
 from ir_convert.errors import UserError
 from ir_convert.export.onnx import check_model
+from ir_convert.export.onnx.int4 import Int4
 from ir_convert.rope import all_rope_parameters
 from ir_convert.supported import require_supported
 
@@ -106,7 +107,7 @@ def test_every_family_is_supported(name):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_onnx_builds_every_family(name):
-    check_model(EVERY[name], int4=EVERY[name].model_type != "qwen3_moe")
+    check_model(EVERY[name], Int4())
 
 
 @pytest.mark.parametrize(
@@ -114,11 +115,13 @@ def test_onnx_builds_every_family(name):
     [
         (
             LlamaConfig(rope_theta=1e4, rope_scaling={"rope_type": "dynamic", "factor": 2.0}),
-            False,
+            None,
             r"does not support position embeddings that follow the text's length \(rope_type 'dynamic'\); a checkpoint folder",
         ),
-        (Qwen3MoeConfig(hidden_act="gelu_pytorch_tanh"), False, "experts with activation 'gelu_pytorch_tanh'"),
-        (Qwen3MoeConfig(), True, "does not support int4 for a mixture of experts"),
+        (Qwen3MoeConfig(hidden_act="gelu_pytorch_tanh"), None, "experts with activation 'gelu_pytorch_tanh'"),
+        (Qwen3MoeConfig(), Int4("hqq"), "whole zero points: choose rtn or rtn_asym or k_quant$"),
+        (Qwen3MoeConfig(hidden_size=80), Int4(), "whole blocks of 32 weights, and the hidden size is 80: leave --int4"),
+        (Qwen3MoeConfig(moe_intermediate_size=48), Int4("rtn_asym"), "and the experts' width is 48"),
     ],
 )
 def test_what_onnx_does_not_build(config, int4, message):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import onnx_ir as ir
 from onnxscript import OpBuilder
 
-from .body import Inputs, by_head, either, executed, fork, largest, merge_heads, reference, repeated
+from .body import Inputs, any_of, by_head, either, executed, fork, largest, merge_heads, reference, repeated
 
 QUERIES, KEYS = "num_heads", "kv_num_heads"  # the attributes that count heads
 SPAN = 128  # queries; fewer read keys too often, more compute scores of slots that only some of them see
@@ -90,13 +90,6 @@ def attended(
     if query.dtype != ir.DataType.FLOAT:
         return whole(op)
     return either(op, op.Greater(op.Shape(query, start=1, end=2), SPAN), ("spans", spans), ("whole", whole))
-
-
-def any_of(op: OpBuilder, rows: ir.Value) -> ir.Value:
-    """Whether there are any rows. Counted in each branch that asks: of a value from outside, CUDA's provider does not know that it
-    lies with the host.
-    """
-    return op.Greater(op.Size(rows), 0)
 
 
 def _core(

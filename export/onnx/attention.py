@@ -12,11 +12,12 @@ from collections.abc import Sequence
 import onnx_ir as ir
 from onnxscript import OpBuilder
 
-from .attend import KEYS, QUERIES, Attend, any_of, attended, attends
+from .attend import KEYS, QUERIES, Attend, attended, attends
 from .body import (
     MICROSOFT,
     Inputs,
     Traces,
+    any_of,
     by_head,
     contribution,
     count,

@@ -20,11 +20,13 @@ class Features:
         activation: of an MLP's gate: ``silu`` or ``gelu_pytorch_tanh``.
         whole_norms: q_norm and k_norm are of all heads together, not of each.
         scaled: the unit's output is multiplied by the attribute residual_multiplier.
+        normalised: the weights of a token's experts add up to 1.
     """
 
     activation: str = "silu"
     whole_norms: bool = False
     scaled: bool = False
+    normalised: bool = True
 
 
 PLAIN = Features()
@@ -36,7 +38,7 @@ class Inputs:
 
     Attributes:
         values: by name; None where an optional input is absent.
-        int4: the attributes of MatMulNBits, by projection; none where weights are not quantised.
+        int4: the attributes of MatMulNBits or QMoE, by projection; none where weights are not quantised.
         features: what else decides the body.
     """
 
@@ -58,6 +60,13 @@ class Inputs:
 def executed(op: OpBuilder, flags: ir.Value) -> ir.Value:
     """bool ``[B, S]`` -> the (sequence, place) of every True, in order ``[n, 2]``."""
     return op.Transpose(op.NonZero(flags), perm=[1, 0])
+
+
+def any_of(op: OpBuilder, rows: ir.Value) -> ir.Value:
+    """Whether there are any rows. Counted in each branch that asks: of a value from outside, CUDA's provider does not know that it
+    lies with the host.
+    """
+    return op.Greater(op.Size(rows), 0)
 
 
 def linear(op: OpBuilder, h: ir.Value, x: Inputs, name: str) -> ir.Value:

@@ -19,6 +19,7 @@ post_norm ``F[d]``, an RMS norm, then a factor, the attribute residual_multiplie
 In the domain ``ir.int4`` are the same functions for weights in int4, a domain of its own so that a library without kernels for
 them leaves them to ONNX Runtime. There ``*_weight`` is MatMulNBits' uint8 ``[out, blocks, 16]``, and after the inputs above come
 each projection's ``*_scales`` ``F[out, blocks]``, then, but for Decide, each one's optional ``*_zero_points``; see ``int4.py``.
+Of a mixture those of all experts are one tensor, as QMoE takes them: ``experts.py``; what scores the experts is not in int4.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -43,6 +44,7 @@ DECIDE_INPUTS = (
 )
 DECIDE_PROJECTIONS = ("down", "up", "hidden")
 MLP_PROJECTIONS, ATTENTION_PROJECTIONS = ("gate", "up", "down"), ("q", "k", "v", "o")
+MOE_PROJECTIONS = ("gate_up", "down")  # those in int4
 MLP_INPUTS = (
     *("h", "forecast", "execute", "gate_weight", "up_weight", "down_weight"),
     *("gate_bias", "up_bias", "down_bias", "post_norm"),
@@ -62,7 +64,7 @@ TYPES = {"execute": BOOL, "mask": BOOL, "start": INT32, "total": INT32, "step": 
 TYPES |= dict.fromkeys(("threshold", "hidden_weight", "hidden_bias", "out_weight", "out_bias"), FLOAT)
 
 Body = Callable[[OpBuilder, Inputs], list[ir.Value]]
-Int4Attributes = Mapping[str, Mapping[str, int]]  # of MatMulNBits, by projection
+Int4Attributes = Mapping[str, Mapping[str, int]]  # of MatMulNBits or QMoE, by projection
 
 
 def decide(forecasts: bool = True, dtype: ir.DataType = FLOAT, int4: Int4 | None = None) -> ir.Function:
@@ -133,9 +135,10 @@ def moe(
     optional: Collection[str] = (),
     routed: bool = True,
     dtype: ir.DataType = ir.DataType.FLOAT,
+    int4: Int4Attributes | None = None,
     features: Features = PLAIN,
 ) -> ir.Function:
-    """Builds ``RoutedMoE``, or ``DenseMoE``: an MLP that is a mixture of E experts, on com.microsoft's MoE.
+    """Builds ``RoutedMoE``, or ``DenseMoE``: an MLP that is a mixture of E experts, on com.microsoft's MoE or QMoE.
 
     Inputs (``MOE_INPUTS``), S tokens in each of B sequences, F a float type:
         h ``F[B, S, d]``: what the unit sees. forecast ``F[B, S, d]``. execute ``bool[B, S]``.
@@ -149,6 +152,7 @@ def moe(
         optional: the optional inputs that every call provides.
         routed: whether tokens are chosen; if not, forecast and execute are no inputs.
         dtype: F.
+        int4: makes it a function for experts in int4.
         features: what else the unit does; attributes say it as well.
     """
     name, body, doc = (
@@ -159,8 +163,8 @@ def moe(
         ir.Attr("normalize", ir.AttributeType.INT, None),
         *_CONTRIBUTION,
     ]
-    inputs = _inputs(MOE_INPUTS, (), routed, None)
-    return _function(name, body, inputs, ("output",), optional, attributes, doc, dtype, None, features)
+    inputs = _inputs(MOE_INPUTS, MOE_PROJECTIONS, routed, int4)
+    return _function(name, body, inputs, ("output",), optional, attributes, doc, dtype, int4, features)
 
 
 def attention(

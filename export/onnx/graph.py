@@ -108,6 +108,7 @@ class _Decoder:
             activation=getattr(self.config, family.activation),
             whole_norms=family.attention.whole_norms,
             scaled=family.residual_multiplier(self.config) != 1,
+            normalised=getattr(self.config, "norm_topk_prob", True),
         )
         self.functions: dict[tuple[str, bool], ir.Function] = {}  # by unit, and whether it is routed
         self.executed: dict[tuple[int, str], ir.Value] = {}  # by routed unit
@@ -195,7 +196,7 @@ class _Decoder:
         x, key, value = self._unit(x, layer, "attention", positions, attributes, ["output", "key", "value"])
         attributes = {"epsilon": self.config.rms_norm_eps} if family.mlp.post_norm else {}
         if (experts := experts_of(self.config)) is not None:
-            attributes |= {"experts_per_token": experts.active, "normalize": int(self.config.norm_topk_prob)}
+            attributes |= {"experts_per_token": experts.active, "normalize": int(self.features.normalised)}
         if self.features.activation != "silu":
             attributes["activation"] = self.features.activation
         (x,) = self._unit(x, layer, "mlp", {}, attributes, ["output"])
@@ -253,7 +254,7 @@ class _Decoder:
             elif experts_of(self.config) is None:
                 function = mlp(optional, routed, self.ir_dtype, int4, self.features)
             else:
-                function = moe(optional, routed, self.ir_dtype, self.features)
+                function = moe(optional, routed, self.ir_dtype, int4, self.features)
             self.functions[unit, routed] = function
         return self.functions[unit, routed]
 

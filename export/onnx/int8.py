@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ir_convert.errors import UserError
 
 from ..finite import is_finite
-from .weights import LazyWeight, by_parts
+from .weights import LazyWeight, by_parts, require_shape
 
 BLOCK, ZERO, LARGEST = 32, 128, 127
 CHUNK = 1 << 22  # weights that are quantised together
@@ -54,9 +54,11 @@ def int8_tensors(
         dtype: of the scales: that of the activations.
     """
     outputs, blocks = shape[0], -(-shape[1] // BLOCK)
-    take = by_parts(
-        name, shape, read, lambda weight: dict(zip(("int8", "scales"), quantise(weight, name), strict=True))
-    )
+
+    def make() -> dict[str, Tensor]:
+        return dict(zip(("int8", "scales"), quantise(require_shape(name, read(), shape), name), strict=True))
+
+    take = by_parts(make)
     return (
         LazyWeight(f"{name}.int8", (outputs, blocks, BLOCK), lambda: take("int8"), torch.uint8),
         LazyWeight(f"{name}.scales", (outputs, blocks), lambda: take("scales"), dtype),

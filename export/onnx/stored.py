@@ -1,6 +1,7 @@
 """What the graph takes from the checkpoint: each tensor becomes an initializer, by the name and in the shape that nodes want."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import onnx_ir as ir
@@ -11,6 +12,8 @@ from onnxscript import GraphBuilder
 from ir_convert.checkpoint import Checkpoint
 from ir_convert.families import experts_of, head_dim, packed_rows, projection_sizes
 
+from .experts import expert_weights, int4_expert_tensors, stacked
+from .functions import MOE_PROJECTIONS
 from .int4 import Int4, int4_tensors
 from .weights import LazyWeight
 
@@ -101,37 +104,32 @@ class Stored:
         return weights
 
     def _mixture(self, module: str) -> dict[str, ir.Value]:
-        """A mixture of experts, all experts in one tensor, as com.microsoft's MoE wants them."""
+        """A mixture of experts; the scores that choose them are not quantised."""
         experts = experts_of(self._config)
         assert experts is not None
-        d, f = self._config.hidden_size, experts.width
-        inside = f"{module}.{self._family.mlp.experts}"
-
-        def read(parts: tuple[str, ...], shape: tuple[int, ...]) -> torch.Tensor:
-            """Returns the rows of each expert's parts by turns, ``[E, parts * rows, in]``; one weight is in memory beside."""
-            packed = f"{inside}.{'_'.join(short_name(part) for part in parts)}_proj"
-            if packed in self._checkpoint.shards:  # all experts in one tensor: a part's rows are neighbours in it
-                whole = self._checkpoint.read(packed).unflatten(1, (len(parts), -1))
-                return whole.transpose(1, 2).flatten(1, 2)
-            stacked = torch.empty(shape, dtype=self.dtype)
-            for expert, rows in enumerate(stacked):
-                for turn, part in enumerate(parts):
-                    rows[turn :: len(parts)] = self._checkpoint.read(f"{inside}.{expert}.{part}.weight")
-            return stacked
-
-        def stack(name: str, shape: tuple[int, ...], *parts: str) -> ir.Value:
-            return self.initializer(f"{inside}.{name}", shape, lambda: read(parts, shape), self.dtype)
-
-        return {
-            "gate_weight": self.weight(f"{module}.gate.weight", experts.count, d, transpose=True),
-            "gate_up_weight": stack("gate_up_proj", (experts.count, 2 * f, d), "gate_proj", "up_proj"),
-            "down_weight": stack("down_proj", (experts.count, d, f), "down_proj"),
-        }
+        d, f, inside = self._config.hidden_size, experts.width, f"{module}.{self._family.mlp.experts}"
+        weights = {"gate_weight": self.weight(f"{module}.gate.weight", experts.count, d, transpose=True)}
+        for short, parts, matrix in (
+            ("gate_up", ("gate_proj", "up_proj"), (2 * f, d)),
+            ("down", ("down_proj",), (d, f)),
+        ):
+            name, shape = f"{inside}.{short}_proj", (experts.count, *matrix)
+            each = partial(expert_weights, self._checkpoint, inside, f"{short}_proj", parts)
+            if self._int4 is None:
+                weights[f"{short}_weight"] = self.initializer(
+                    name, shape, partial(stacked, shape, each, self.dtype), self.dtype
+                )
+            else:
+                tensors = int4_expert_tensors(name, shape, each, self._int4, self.dtype)
+                weights |= {f"{short}_{part}": self.add(tensor) for part, tensor in tensors.items()}
+        return weights
 
     def int4_attributes(self, unit: str) -> dict[str, dict[str, int]] | None:
-        """Returns MatMulNBits' attributes by the unit's projections; None where weights are not quantised."""
+        """Returns MatMulNBits' attributes by the unit's projections, or QMoE's; None where weights are not quantised."""
         if self._int4 is None:
             return None
+        if self._family.unit(unit).experts is not None:
+            return dict.fromkeys(MOE_PROJECTIONS, self._int4.expert_attributes)
         places, sizes = self._family.unit(unit), projection_sizes(self._config)
         return {short_name(name): self._int4.attributes(*sizes[name][::-1]) for name in places.kept + places.skipped}
 

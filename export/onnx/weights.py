@@ -62,7 +62,7 @@ class LazyWeight(ir.LazyTensor):
     def _pieces(self) -> Iterator[torch.Tensor]:
         """Yields what is stored, in its order: contiguous tensors of any shape."""
         tensor, name = self._read(), str(self.name)
-        _require_shape(name, tensor, self._expected)
+        require_shape(name, tensor, self._expected)
         if self._transpose:
             for columns in tensor.split(max(COLUMNS, PIECE // max(1, len(tensor))), dim=1):
                 # torch transposes what is dense several times as fast, and converts halves by way of float32.
@@ -72,20 +72,10 @@ class LazyWeight(ir.LazyTensor):
                 yield require_finite(name, numbers.float().to(self._to))
 
 
-def by_parts(
-    name: str,
-    shape: tuple[int, int],
-    read: Callable[[], torch.Tensor],
-    quantise: Callable[[torch.Tensor], Mapping[str, torch.Tensor]],
-) -> Callable[[str], torch.Tensor]:
+def by_parts(make: Callable[[], Mapping[str, torch.Tensor]]) -> Callable[[str], torch.Tensor]:
     """Returns what gives a quantised weight's parts by their names, to the several threads that write them.
 
-    The weight is read and quantised once if all parts are taken before any is again; what is not taken yet stays in memory.
-
-    Args:
-        name: of the weight, in error messages.
-        shape: the shape ``(out, in)`` that ``read`` must return; UserError if it does not.
-        quantise: makes the parts.
+    ``make`` reads and quantises, once if all parts are taken before any is again; what is not taken yet stays in memory.
     """
     waiting: dict[str, torch.Tensor] = {}
     lock = Lock()
@@ -93,17 +83,17 @@ def by_parts(
     def take(part: str) -> torch.Tensor:
         with lock:
             if part not in waiting:
-                weight = read()
-                _require_shape(name, weight, shape)
-                waiting.update(quantise(weight))
+                waiting.update(make())
             return waiting.pop(part)
 
     return take
 
 
-def _require_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+def require_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Returns the tensor, or raises UserError where its shape is another one."""
     if tuple(tensor.shape) != shape:
         raise UserError(f"tensor '{name}' has shape {list(tensor.shape)}; {list(shape)} was expected")
+    return tensor
 
 
 def _send_to_disk(file: BinaryIO) -> None:

@@ -11,6 +11,7 @@ import torch
 from transformers import PretrainedConfig
 
 from ir_convert.checkpoint import Checkpoint
+from ir_convert.choices import INT4_METHODS
 from ir_convert.errors import UserError
 from ir_convert.families import experts_of, onnx_unsupported
 from ir_convert.files import sync
@@ -37,14 +38,24 @@ def check_dtype(dtype: torch.dtype) -> None:
         raise UserError(f"dtype {str(dtype).removeprefix('torch.')} is not supported in ONNX; choose {known}")
 
 
-def check_model(config: PretrainedConfig, int4: bool) -> None:
-    """Raises UserError where the graph cannot be built for a model of this configuration."""
+def check_model(config: PretrainedConfig, int4: Int4 | None) -> None:
+    """Raises UserError where the graph cannot be built for a model of this configuration, its units in int4 or not."""
     if (feature := onnx_unsupported(config)) is not None:
         raise UserError(f"ONNX export does not support {feature}; a checkpoint folder (--out NAME) does")
-    if int4 and experts_of(config) is not None:
+    experts = experts_of(config)
+    if int4 is None or experts is None:
+        return
+    if not int4.whole_zero_points:
         raise UserError(
-            "ONNX export does not support int4 for a mixture of experts: leave --int4 and --calibrate-quantised away"
+            f"--int4-method {int4.method} is not for a mixture of experts, whose operator takes whole zero points: choose "
+            f"{' or '.join(method for method in INT4_METHODS if Int4(method).whole_zero_points)}"
         )
+    for name, width in (("hidden size", config.hidden_size), ("experts' width", experts.width)):
+        if width % int4.block:
+            raise UserError(
+                f"int4 experts need whole blocks of {int4.block} weights, and the {name} is {width}: leave --int4 and "
+                "--calibrate-quantised away"
+            )
 
 
 def write(
@@ -80,7 +91,7 @@ def write(
         UserError: the dtype or the model is not supported, or a weight is damaged.
     """
     check_dtype(dtype)
-    check_model(checkpoint.config, int4 is not None)
+    check_model(checkpoint.config, int4)
     layers = checkpoint.config.num_hidden_layers
     if foreign := [layer for layer, _ in routing.units if layer >= layers]:
         raise UserError(

@@ -9,7 +9,7 @@ from onnxscript import GraphBuilder
 from torch import Tensor
 from torch.nn import functional as F
 
-from ir_convert.export.onnx.functions import OPSETS, VERSION
+from ir_convert.export.onnx.functions import MOE_PROJECTIONS, OPSETS, VERSION
 from ir_convert.export.onnx.int4 import Int4, quantise
 
 D, FFN, HEAD, EPSILON = 12, 20, 8, 1e-5
@@ -76,6 +76,22 @@ def quantised(x: dict[str, Tensor], method: str | None) -> tuple[dict[str, Tenso
     return inputs, attributes
 
 
+def quantised_experts(
+    x: dict[str, Tensor], method: str | None
+) -> tuple[dict[str, Tensor], dict[str, dict[str, int]] | None]:
+    """The same of a mixture's inputs, all experts' weights ``[E, out, in]`` in one; those that score them stay as they are."""
+    if method is None:
+        return dict(x), None
+    int4, inputs = Int4(method, accuracy_level=1), dict(x)
+    for projection in MOE_PROJECTIONS:
+        packed = [quantise(weight, int4) for weight in x[f"{projection}_weight"]]
+        x[f"{projection}_weight"] = torch.stack([one.dequantised() for one in packed])
+        for part in packed[0].parts():
+            stacked = torch.stack([one.parts()[part] for one in packed])
+            inputs[f"{projection}_{part}"] = stacked.flatten(2) if part == "weight" else stacked
+    return inputs, dict.fromkeys(MOE_PROJECTIONS, int4.expert_attributes)
+
+
 def added(y: Tensor, x: dict[str, Tensor], factor: float) -> Tensor:
     """What follows a unit."""
-    return factor * (F.rms_norm(y, (D,), x["post_norm"], EPSILON) if "post_norm" in x else y)
+    return factor * (F.rms_norm(y, y.shape[-1:], x["post_norm"], EPSILON) if "post_norm" in x else y)

@@ -13,6 +13,7 @@ from function_call import (
     factors,
     methods,
     quantised,
+    quantised_experts,
     run,
 )
 from hypothesis import given, settings
@@ -69,18 +70,21 @@ def test_mlp(seed, batch, length, kind, method, given, routed, activation, facto
     kind=execute_masks,
     experts=st.integers(2, 6),
     active=st.integers(1, 2),
+    method=st.sampled_from([None, None, "rtn", "rtn_asym", "k_quant"]),
     normalize=st.booleans(),
     post_norm=st.booleans(),
     routed=st.booleans(),
     factor=factors,
 )
-def test_moe(seed, batch, length, kind, experts, active, normalize, post_norm, routed, factor):
+def test_moe(seed, batch, length, kind, experts, active, method, normalize, post_norm, routed, factor):
     torch.manual_seed(seed)
-    x = {"h": torch.randn(batch, length, D), "forecast": torch.randn(batch, length, D)}
-    x |= {"execute": execute_mask(kind, batch, length), "gate_weight": torch.randn(D, experts)}
-    x |= {"gate_up_weight": torch.randn(experts, 2 * FFN, D), "down_weight": torch.randn(experts, D, FFN)}
+    d, ffn = (D, FFN) if method is None else (64, 32)  # whole blocks
+    x = {"h": torch.randn(batch, length, d), "forecast": torch.randn(batch, length, d)}
+    x |= {"execute": execute_mask(kind, batch, length), "gate_weight": torch.randn(d, experts) * d**-0.5}
+    x |= {"gate_up_weight": torch.randn(experts, 2 * ffn, d) * d**-0.5, "down_weight": torch.randn(experts, d, ffn)}
     if post_norm:
-        x["post_norm"] = torch.randn(D)
+        x["post_norm"] = torch.randn(d)
+    inputs, int4 = quantised_experts(x, method)
     shares = (x["h"] @ x["gate_weight"]).softmax(-1)
     least = shares.topk(active).values[..., -1:]
     weights = torch.where(shares >= least, shares, 0)
@@ -90,14 +94,19 @@ def test_moe(seed, batch, length, kind, experts, active, normalize, post_norm, r
     each = torch.einsum("bsef,edf->bsed", F.silu(gate) * up, x["down_weight"])
     dense = added((weights[..., None] * each).sum(2), x, factor)
     expected = torch.where(x["execute"][..., None], dense, x["forecast"]) if routed else dense
-    function = moe(["post_norm"] * post_norm, routed, features=Features(scaled=factor != 1))
+    optional = [name for name in inputs if name.endswith(("_norm", "_zero_points"))]
+    function = moe(optional, routed, int4=int4, features=Features(scaled=factor != 1, normalised=normalize))
     attributes = {"experts_per_token": active, "normalize": int(normalize), "residual_multiplier": factor}
-    (got,) = run(function, x, epsilon=EPSILON, **attributes)
+    (got,) = run(function, inputs, epsilon=EPSILON, **attributes)
     torch.testing.assert_close(got, expected, atol=2e-4, rtol=1e-4)
 
 
+def nodes(function: ir.Function) -> list[ir.Node]:
+    return list(ir.traversal.RecursiveGraphIterator(function))
+
+
 def operators(function: ir.Function) -> set[str]:
-    return {node.op_type for node in ir.traversal.RecursiveGraphIterator(function)}
+    return {node.op_type for node in nodes(function)}
 
 
 def test_bodies_hold_no_node_for_what_is_absent():
@@ -106,7 +115,7 @@ def test_bodies_hold_no_node_for_what_is_absent():
         assert "RMSNormalization" not in operators(plain)
         assert "RMSNormalization" in operators(build(["post_norm"]))
         assert "Mul" in operators(scaled)
-        assert len(list(scaled)) - len(list(plain)) == 3  # the factor, its type, the product
+        assert len(nodes(scaled)) - len(nodes(plain)) == 3  # the factor, its type, the product
 
 
 def test_attributes_may_be_left_out():
@@ -149,6 +158,10 @@ def test_signatures_are_stable():
     quantised_mlp = mlp(int4=int4 | {name: Int4().attributes(8, 8) for name in int4})
     assert (quantised_mlp.domain, quantised_mlp.name) == (INT4_DOMAIN, "RoutedMLP")
     assert [value.name for value in quantised_mlp.inputs] == (mlp_inputs + int4_inputs).split()
+    quantised_moe = moe(int4=dict.fromkeys(("gate_up", "down"), Int4().expert_attributes))
+    assert (quantised_moe.domain, quantised_moe.name) == (INT4_DOMAIN, "RoutedMoE")
+    int4_inputs = " gate_up_scales down_scales gate_up_zero_points down_zero_points"
+    assert [value.name for value in quantised_moe.inputs] == (moe_inputs + int4_inputs).split()
     for function, name, inputs, outputs in (
         (mlp(), "RoutedMLP", mlp_inputs, ["output"]),
         (mlp(routed=False), "DenseMLP", mlp_inputs, ["output"]),

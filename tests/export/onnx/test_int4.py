@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 from ir_convert.choices import INT4_METHODS
 from ir_convert.errors import UserError
 from ir_convert.export.onnx import int4 as module
+from ir_convert.export.onnx import int4_methods
 from ir_convert.export.onnx.int4 import Int4, dequantised, int4_tensors, quantise
 
 FLOATS = {torch.float32: onnx.TensorProto.FLOAT, torch.float16: onnx.TensorProto.FLOAT16}
@@ -151,13 +152,13 @@ def test_asymmetric_rtn_is_off_by_a_step_at_most(weight):
 def test_no_block_is_lost(method, weight):
     """onnxruntime's own code gives 0 for a block of equal weights, and a tenth of one far from 0."""
     error, plain = (blocks_of(weight - dequantised(weight, Int4(name))).abs().amax(-1) for name in (method, "rtn_asym"))
-    assert (error <= module.WORSE * plain + 1e-5 * blocks_of(weight).abs().amax(-1)).all()
+    assert (error <= int4_methods.WORSE * plain + 1e-5 * blocks_of(weight).abs().amax(-1)).all()
 
 
 def test_what_onnxruntime_alone_would_lose():
     """The guard is there for a reason; should this fail, onnxruntime has learned it."""
     weight = torch.linspace(1.0, 1.1, 32)[None]
-    q, scale, zero = (torch.from_numpy(part) for part in module._onnxruntime().k_quant(weight.numpy(), 4, 32))
+    q, scale, zero = (torch.from_numpy(part) for part in int4_methods._onnxruntime().k_quant(weight.numpy(), 4, 32))
     assert ((q - zero.float()) * scale - weight).abs().max() > 0.5
     assert (dequantised(weight, Int4("k_quant")) - weight).abs().max() < 0.08
 

@@ -20,6 +20,7 @@ from ir_convert.errors import UserError
 from ir_convert.export.onnx import write
 from ir_convert.export.onnx.int4 import Int4, dequantised
 from ir_convert.export.onnx.int8 import ATTRIBUTES, quantise
+from ir_convert.families import experts_of
 from ir_convert.routing import Routing
 from ir_convert.runtime import OnnxModel
 from ir_convert.units import RoutedUnit
@@ -76,7 +77,7 @@ def test_int8(outputs, inputs, rows, seed):
 
 
 @pytest.mark.parametrize("method", ["rtn", "k_quant"])
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "gemma3", "phi3", "olmo2", "granite"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "gemma3", "phi3", "olmo2", "granite", "qwen3_moe"])
 def test_int4_model(name, method, tmp_path):
     """Against torch on the dequantised weights: the same decisions, logits but for the rounding of activations."""
     save_random(name, tmp_path / "base")
@@ -87,7 +88,8 @@ def test_int4_model(name, method, tmp_path):
     onnx.checker.check_model(tmp_path / "onnx" / "m.onnx", full_check=True)
     proto = onnx.load(tmp_path / "onnx" / "m.onnx", load_external_data=False)
     called = {node.op_type: node.domain for node in proto.graph.node if node.domain.startswith("ir")}
-    assert called == dict.fromkeys(("Decide", "RoutedAttention", "RoutedMLP"), "ir.int4")
+    mlp = "RoutedMLP" if experts_of(checkpoint.config) is None else "RoutedMoE"
+    assert called == dict.fromkeys(("Decide", "RoutedAttention", mlp), "ir.int4")
 
     rounded = checkpoint.quantised(Rounded(int4))
     reference = StreamReference(rounded, rounded_decisions(routing))

@@ -15,7 +15,8 @@ from torch import from_numpy
 from ir_convert.export.onnx import functions
 from ir_convert.export.onnx.body import Features
 from ir_convert.export.onnx.functions import DOMAIN, INT4_DOMAIN, OPSETS, VERSION
-from ir_convert.export.onnx.int4 import Int4, Packed
+from ir_convert.export.onnx.int4 import Int4
+from ir_convert.export.onnx.int4_methods import Packed
 
 TYPES = {np.dtype(np.float32): ir.DataType.FLOAT, np.dtype(np.float16): ir.DataType.FLOAT16}
 TYPES |= {np.dtype(ml_dtypes.bfloat16): ir.DataType.BFLOAT16}

@@ -1,0 +1,58 @@
+"""A mixture's weights as com.microsoft's MoE takes them, and in int4 its QMoE: those of all experts in one tensor."""
+
+from collections.abc import Callable, Iterator
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from ir_convert.checkpoint import Checkpoint
+from ir_convert.families import experts_of
+
+from .int4 import Int4, lazy_parts, quantise
+from .weights import require_shape
+
+
+def expert_weights(checkpoint: Checkpoint, inside: str, packed: str, parts: tuple[str, ...]) -> Iterator[Tensor]:
+    """Yields, for each expert, the rows of some of its projections by turns ``[parts * rows, in]``.
+
+    Args:
+        inside: where the experts are, e.g. ``model.layers.0.mlp.experts``.
+        packed: what a tensor there of all experts is called, a projection's rows being neighbours in it; it need not be there.
+        parts: the projections.
+    """
+    if f"{inside}.{packed}" in checkpoint.shards:
+        for rows in checkpoint.read(f"{inside}.{packed}"):
+            yield rows.unflatten(0, (len(parts), -1)).transpose(0, 1).flatten(0, 1)
+        return
+    experts = experts_of(checkpoint.config)
+    assert experts is not None
+    for expert in range(experts.count):
+        apart = [checkpoint.read(f"{inside}.{expert}.{part}.weight") for part in parts]
+        yield torch.stack(apart, dim=1).flatten(0, 1)
+
+
+def stacked(shape: tuple[int, int, int], each: Callable[[], Iterator[Tensor]], dtype: torch.dtype) -> Tensor:
+    """Returns all experts' weights ``[E, out, in]``, one at a time beside them in memory."""
+    whole = torch.empty(shape, dtype=dtype)
+    for rows, weight in zip(whole, each(), strict=True):
+        rows.copy_(weight)
+    return whole
+
+
+def int4_expert_tensors(
+    name: str, shape: tuple[int, int, int], each: Callable[[], Iterator[Tensor]], int4: Int4, dtype: torch.dtype
+) -> dict[str, ir.LazyTensor]:
+    """Returns the tensors of all experts' weights, quantised one by one when they are written; see ``int4_tensors``.
+
+    ``weight`` is uint8 ``[E, out, in / 2]``; others have a first dimension of E. There have to be whole blocks of inputs.
+    """
+    count, *matrix = shape
+    shapes = {part: (count, *sizes) for part, sizes in int4.shapes(*matrix).items()}
+    shapes["weight"] = (count, matrix[0], matrix[1] // 2)
+
+    def make() -> dict[str, Tensor]:
+        packed = [quantise(require_shape(name, weight, tuple(matrix)), int4, name) for weight in each()]
+        return {part: torch.stack([one.parts()[part] for one in packed]).view(shapes[part]) for part in shapes}
+
+    return lazy_parts(name, shapes, make, int4, dtype)
