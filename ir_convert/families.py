@@ -87,6 +87,7 @@ class Family:
         logit_softcap: the same for logits.
         rope_layers: one truth value a layer: whether its queries and keys are rotated; None where all are.
         windows: whether the configuration's sliding_window counts: some have the field left over from another family.
+        transformers: the oldest major version of transformers whose layers can be routed.
     """
 
     attention: Unit
@@ -101,6 +102,7 @@ class Family:
     logit_softcap: Cap = _none
     rope_layers: Callable[[PretrainedConfig], Sequence[int] | None] = _none
     windows: bool = True
+    transformers: int = 4
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens.weight"
     final_norm: str = "model.norm.weight"
@@ -113,6 +115,7 @@ class Family:
 _ATTENTION = Unit("self_attn", "input_layernorm", ("q_proj", "o_proj"), ("k_proj", "v_proj"))
 _ATTENTION_QK_NORM = replace(_ATTENTION, extras=("q_norm", "k_norm"))
 _MLP = Unit("mlp", "post_attention_layernorm", ("gate_proj", "up_proj", "down_proj"))
+_MIXTURE = replace(_MLP, skipped=("gate", *_MLP.skipped), experts="experts")
 _SANDWICH_MLP = replace(_MLP, norm="pre_feedforward_layernorm", post_norm="post_feedforward_layernorm")
 
 _MISTRAL = Family(_ATTENTION, _MLP)
@@ -169,9 +172,8 @@ FAMILIES = {
         residual_multiplier=_field("residual_multiplier"),
         logit_divisor=_field("logits_scaling"),
     ),
-    "qwen3_moe": Family(
-        _ATTENTION_QK_NORM, replace(_MLP, skipped=("gate", "gate_proj", "up_proj", "down_proj"), experts="experts")
-    ),
+    "qwen3_moe": Family(_ATTENTION_QK_NORM, _MIXTURE),
+    "olmoe": Family(replace(_ATTENTION_QK_NORM, whole_norms=True), _MIXTURE, windows=False, transformers=5),
 }
 
 
@@ -209,7 +211,8 @@ def experts_of(config: PretrainedConfig) -> Experts | None:
     """Returns the experts of every layer's MLP; None where it has none."""
     if family_of(config).mlp.experts is None:
         return None
-    return Experts(config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size)
+    width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    return Experts(config.num_experts, config.num_experts_per_tok, width)
 
 
 def head_dim(config: PretrainedConfig) -> int:

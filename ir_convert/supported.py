@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import transformers
 from transformers import PretrainedConfig
 
 from .errors import UserError
@@ -27,6 +28,11 @@ def require_supported(config: PretrainedConfig) -> Family:
         UserError: the family is unknown, or a setting is not supported.
     """
     family = family_of(config)
+    if int(transformers.__version__.split(".")[0]) < family.transformers:
+        raise UserError(
+            f"models of type '{config.model_type}' need transformers {family.transformers} or newer, and this is "
+            f"{transformers.__version__}"
+        )
     activation = getattr(config, family.activation, None)
     if activation not in ACTIVATIONS:
         raise UserError(
@@ -54,6 +60,8 @@ def require_supported(config: PretrainedConfig) -> Family:
             f"num_attention_heads {config.num_attention_heads} is no multiple of num_key_value_heads "
             f"{config.num_key_value_heads}: correct config.json"
         )
+    if (limit := getattr(config, "clip_qkv", None)) is not None:
+        raise UserError(f"clip_qkv is {limit}: queries, keys and values that are clipped are not supported")
     _require_kinds_of_layers(config, family)
     for rope in _ropes(config):
         theta = rope.get("rope_theta")

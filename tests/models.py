@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import (
     AutoModelForCausalLM,
     Exaone4Config,
@@ -16,6 +17,7 @@ from transformers import (
     MistralConfig,
     Olmo2Config,
     Olmo3Config,
+    OlmoeConfig,
     Phi3Config,
     PretrainedConfig,
     PreTrainedModel,
@@ -109,9 +111,17 @@ RELATIVES: dict[str, PretrainedConfig] = {
         rope_theta=5000.0,
         rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
     ),
+    "olmoe": OlmoeConfig(
+        **(SIZES | {"hidden_size": 64, "intermediate_size": 32, "num_attention_heads": 4}),
+        num_experts=5,
+        num_experts_per_tok=2,
+        norm_topk_prob=False,
+    ),
     "exaone4": Exaone4Config(**SIZES, **LOCAL),
     "exaone4-global": Exaone4Config(**SIZES, sliding_window=None, layer_types=["full_attention"] * 3),
 }
+if transformers.__version__.startswith("4."):
+    del RELATIVES["olmoe"]
 EVERY = CONFIGS | RELATIVES
 
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 from models import CONFIGS, EVERY
-from transformers import Gemma3TextConfig, GPT2Config, Llama4Config, LlamaConfig, Qwen3MoeConfig
+from transformers import Gemma3TextConfig, GPT2Config, Llama4Config, LlamaConfig, OlmoeConfig, Qwen3MoeConfig
 
 from ir_convert.errors import UserError
 from ir_convert.export.onnx import check_model
@@ -82,6 +82,7 @@ KINDS = {
         ),
         (changed(EVERY["olmo3"].__class__(), rope_parameters=KINDS), "has rope_type 'longrope': that is not supported"),
         (changed(CONFIGS["granite"].__class__(), residual_multiplier=0), "residual_multiplier is 0"),
+        (OlmoeConfig(clip_qkv=8.0), "clip_qkv is 8.0: queries, keys and values that are clipped"),
         (Qwen3MoeConfig(mlp_only_layers=[0]), re.escape("mlp_only_layers is [0]: models in which some layers")),
         (Qwen3MoeConfig(decoder_sparse_step=2), "decoder_sparse_step is 2: models in which some layers"),
     ],

@@ -9,7 +9,10 @@ if TYPE_CHECKING:
 __all__ = ["load", "load_tokenizer", "write"]
 
 # What travels with a checkpoint.
-CODE = ("configuration_ir.py", "modeling_ir.py", "informed_ir.py", "attention_ir.py", "routed_ir.py", "control_ir.py")
+CODE = (
+    *("configuration_ir.py", "modeling_ir.py", "mixtures_ir.py"),
+    *("informed_ir.py", "attention_ir.py", "routed_ir.py", "control_ir.py"),
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -16,6 +16,7 @@ from transformers import (
     MistralConfig,
     Olmo2Config,
     Olmo3Config,
+    OlmoeConfig,
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
@@ -25,7 +26,7 @@ from transformers import (
 )
 
 # Transformers tells modeling code apart by the source of *this* file: it has to change whenever the others do.
-MODELING_SHA256 = "ac0ebff52039"
+MODELING_SHA256 = "e1a4234f241b"
 
 
 class InformedRouting:
@@ -179,6 +180,10 @@ class IRQwen3MoeConfig(InformedRouting, Qwen3MoeConfig):
     model_type = "ir_qwen3_moe"
 
 
+class IROlmoeConfig(InformedRouting, OlmoeConfig):
+    model_type = "ir_olmoe"
+
+
 class IRSeedOssConfig(InformedRouting, SeedOssConfig):
     model_type = "ir_seed_oss"
 
@@ -207,6 +212,7 @@ for _config in (
     IRSmolLM3Config,
     IRGraniteConfig,
     IRQwen3MoeConfig,
+    IROlmoeConfig,
     IRSeedOssConfig,
     IRGemmaConfig,
     IROlmo3Config,

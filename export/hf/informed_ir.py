@@ -67,12 +67,6 @@ class Held:
     before: tuple[Any, Any]
 
 
-def require_no_scores_of_experts(asked: bool) -> None:
-    """Raises ValueError where they are asked for: approximated tokens have none."""
-    if asked:
-        raise ValueError("output_router_logits is not supported: approximated tokens have no scores of experts")
-
-
 def hand_norms_over(layer: Any, _: Any) -> None:
     """A hook before a layer's forward: its units apply the norms after them, or what an adapter has put in their place."""
     for module, unit in UNITS.items():
@@ -98,7 +92,6 @@ class InformedRouting:
     _can_compile_fullgraph = False
 
     def __init__(self, config: Any) -> None:
-        require_no_scores_of_experts(getattr(config, "output_router_logits", False))
         super().__init__(config)  # type: ignore[call-arg]
         for index, layer in enumerate(self.model.layers):
             if self.post_norm is not None:

@@ -10,9 +10,6 @@ tokens only. A unit that is not routed is the base model's own. ``model.set_spar
 model is the dense one. Decisions are deterministic.
 """
 
-from functools import wraps
-from typing import Any
-
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.models.exaone4.modeling_exaone4 import (
@@ -29,6 +26,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaForCau
 from transformers.models.mistral.modeling_mistral import MistralAttention, MistralForCausalLM, MistralMLP
 from transformers.models.olmo2.modeling_olmo2 import Olmo2Attention, Olmo2ForCausalLM, Olmo2MLP, Olmo2RMSNorm
 from transformers.models.olmo3.modeling_olmo3 import Olmo3Attention, Olmo3ForCausalLM, Olmo3MLP, Olmo3RMSNorm
+from transformers.models.olmoe.modeling_olmoe import OlmoeAttention, OlmoeForCausalLM, OlmoeSparseMoeBlock
 from transformers.models.phi3.modeling_phi3 import Phi3Attention, Phi3ForCausalLM, Phi3MLP
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2ForCausalLM, Qwen2MLP
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3ForCausalLM, Qwen3MLP
@@ -51,6 +49,7 @@ from .configuration_ir import (
     IRMistralConfig,
     IROlmo2Config,
     IROlmo3Config,
+    IROlmoeConfig,
     IRPhi3Config,
     IRQwen2Config,
     IRQwen3Config,
@@ -61,7 +60,8 @@ from .configuration_ir import (
 from .control_ir import (
     SparsityControl as SparsityControl,
 )  # version 4 of transformers copies just what this file imports
-from .informed_ir import InformedRouting, require_no_scores_of_experts
+from .informed_ir import InformedRouting
+from .mixtures_ir import InformedMixture, put_together_as, require_version_5, without_scores
 from .routed_ir import PostNorm, RoutedExperts, RoutedMLP
 
 
@@ -199,15 +199,27 @@ class IRQwen3MoeAttention(RoutedAttention, Qwen3MoeAttention): ...
 class IRQwen3MoeMLP(RoutedExperts, Qwen3MoeSparseMoeBlock): ...
 
 
-class IRQwen3MoeForCausalLM(InformedRouting, Qwen3MoeForCausalLM):
+class IRQwen3MoeForCausalLM(InformedMixture, Qwen3MoeForCausalLM):
     config_class = IRQwen3MoeConfig
     attention, mlp = IRQwen3MoeAttention, IRQwen3MoeMLP
+    forward = without_scores(Qwen3MoeForCausalLM.forward)
 
-    @wraps(Qwen3MoeForCausalLM.forward)
-    def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        asked = kwargs.get("output_router_logits")
-        require_no_scores_of_experts(self.config.output_router_logits if asked is None else asked)
-        return super().forward(*args, **kwargs)
+
+class IROlmoeAttention(RoutedAttention, OlmoeAttention):  # type: ignore[misc]
+    whole_norm = True
+
+
+class IROlmoeMLP(RoutedExperts, OlmoeSparseMoeBlock): ...
+
+
+class IROlmoeForCausalLM(InformedMixture, OlmoeForCausalLM):
+    config_class = IROlmoeConfig
+    attention, mlp = IROlmoeAttention, IROlmoeMLP
+    forward = without_scores(OlmoeForCausalLM.forward)
+
+    def __init__(self, config: IROlmoeConfig) -> None:
+        require_version_5("OLMoE")
+        super().__init__(config)
 
 
 class IRSeedOssAttention(RoutedAttention, SeedOssAttention):  # type: ignore[misc]
@@ -283,24 +295,14 @@ MODELS = (
     IROlmo2ForCausalLM,
     IRSmolLM3ForCausalLM,
     IRGraniteForCausalLM,
-    IRQwen3MoeForCausalLM,
     IRSeedOssForCausalLM,
     IRGemmaForCausalLM,
     IROlmo3ForCausalLM,
     IRExaone4ForCausalLM,
+    IRQwen3MoeForCausalLM,
+    IROlmoeForCausalLM,
 )
 for _model in MODELS:
     _model.register_for_auto_class("AutoModelForCausalLM")  # save_pretrained copies this file
-
-try:
-    # Version 5 of transformers has all experts in one tensor, and puts a checkpoint's together by the model type.
-    from transformers.conversion_mapping import (
-        get_checkpoint_conversion_mapping,
-        register_checkpoint_conversion_mapping,
-    )
-except ImportError:
-    pass
-else:
-    register_checkpoint_conversion_mapping(
-        IRQwen3MoeConfig.model_type, get_checkpoint_conversion_mapping("qwen3_moe"), overwrite=True
-    )
+for _family in ("qwen3_moe", "olmoe"):
+    put_together_as(_family)

@@ -158,8 +158,9 @@ def projection_flops(config: Any) -> dict[str, int]:
     """Returns the FLOPs per token of a layer's linear projections, by name; of experts, those that run for one token."""
     d, head = config.hidden_size, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     q, kv, f, costs = config.num_attention_heads * head, config.num_key_value_heads * head, config.intermediate_size, {}
-    if hasattr(config, "moe_intermediate_size"):
-        f, costs = config.num_experts_per_tok * config.moe_intermediate_size, {"gate": 2 * d * config.num_experts}
+    if hasattr(config, "num_experts_per_tok"):
+        f = config.num_experts_per_tok * getattr(config, "moe_intermediate_size", f)
+        costs = {"gate": 2 * d * config.num_experts}
     attention = {"q_proj": 2 * d * q, "k_proj": 2 * d * kv, "v_proj": 2 * d * kv, "o_proj": 2 * d * q}
     return costs | attention | dict.fromkeys(("gate_proj", "up_proj", "down_proj"), 2 * d * f)
 

@@ -9,11 +9,13 @@ import transformers
 from models import RELATIVES, edit, make_random, random_routing, save_random
 from routed_models import Exported, export, tokens
 from torch.testing import assert_close
+from transformers import OlmoeConfig
 
 from ir_convert.checkpoint import Checkpoint
 from ir_convert.errors import UserError
 from ir_convert.export.hf import write
-from ir_convert.export.hf.configuration_ir import IROlmo3Config
+from ir_convert.export.hf.configuration_ir import IROlmo3Config, IROlmoeConfig
+from ir_convert.export.hf.modeling_ir import IROlmoeForCausalLM
 from ir_convert.rope import rope_parameters
 
 TEXT = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False}
@@ -77,6 +79,15 @@ def test_the_activation_of_gemma_by_its_old_name(tmp_path):
     (tmp_path / "ir").mkdir()
     write(checkpoint, random_routing(checkpoint), tmp_path / "ir")
     assert json.loads((tmp_path / "ir" / "config.json").read_text())["hidden_act"] == "gelu_pytorch_tanh"
+
+
+@pytest.mark.skipif(not transformers.__version__.startswith("4."), reason="of version 4 of transformers")
+def test_olmoe_needs_version_5(tmp_path):
+    OlmoeConfig(num_hidden_layers=1).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="models of type 'olmoe' need transformers 5 or newer, and this is 4"):
+        Checkpoint.open(str(tmp_path))
+    with pytest.raises(ValueError, match="OLMoE needs transformers 5 or newer, and this is 4"):
+        IROlmoeForCausalLM(IROlmoeConfig(num_hidden_layers=1))
 
 
 def test_bases_of_olmo_3(tmp_path):
