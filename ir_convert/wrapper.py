@@ -1,9 +1,10 @@
 """The language model in a multimodal checkpoint: its configuration, and its tensors by the names that they have in one of text alone."""
 
-from transformers import PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from .errors import UserError
 from .families import FAMILIES
+from .rope import all_rope_parameters
 
 # How names begin in the spellings that transformers has had: inside, and alone.
 PARTS = {
@@ -12,7 +13,11 @@ PARTS = {
     "model.language_model.": "model.",
     "model.text_model.": "model.",
     "lm_head.": "lm_head.",
+    **{part: part for part in ("model.embed_tokens.", "model.layers.", "model.norm.")},
 }
+# Language models that are a family's but for the positions of images, which have three numbers each: text's are all the same.
+TWINS = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
+ROPE = ("rope_parameters", "rope_scaling", "rope_theta")
 OUTER = ("bos_token_id", "eos_token_id", "quantization_config")  # what the outer configuration decides
 NOT_CAUSAL = ("paligemma",)
 
@@ -24,8 +29,10 @@ def language_model(config: PretrainedConfig) -> PretrainedConfig | None:
         UserError: it is not causal.
     """
     text = getattr(config, "text_config", None)
-    if config.model_type in FAMILIES or text is None or text.model_type not in FAMILIES:
+    if config.model_type in FAMILIES or text is None or text.model_type not in (*FAMILIES, *TWINS):
         return None
+    if text.model_type in TWINS:
+        text = _twin(text)
     if config.model_type in NOT_CAUSAL:
         raise UserError(
             f"in '{config.model_type}' a prompt's tokens see those that follow them: convert a causal model"
@@ -38,6 +45,16 @@ def language_model(config: PretrainedConfig) -> PretrainedConfig | None:
     # Versions of transformers differ in whose word counts; a head that is there and another than the embedding settles it.
     text.tie_word_embeddings = text.tie_word_embeddings or bool(getattr(config, "tie_word_embeddings", False))
     return text
+
+
+def _twin(text: PretrainedConfig) -> PretrainedConfig:
+    values = {name: value for name, value in text.to_dict().items() if name not in ("model_type", *ROPE)}
+    rope = {
+        name: "default" if value == "mrope" else value
+        for name, value in all_rope_parameters(text).items()
+        if name not in ("type", "mrope_section", "mrope_interleaved")
+    }
+    return AutoConfig.for_model(TWINS[text.model_type], **values, rope_parameters=rope)
 
 
 def own_name(name: str) -> str | None:

@@ -17,6 +17,8 @@ from transformers import (
     Mistral3Config,
     PaliGemmaConfig,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen3VLConfig,
 )
 
 from ir_convert.checkpoint import Checkpoint
@@ -24,6 +26,7 @@ from ir_convert.decoder import Decoder
 from ir_convert.errors import UserError
 from ir_convert.export import hf, onnx
 from ir_convert.runtime import OnnxModel
+from ir_convert.wrapper import TWINS
 
 TEXT = SIZES | {"head_dim": 16, "sliding_window": 7}
 VISION = {
@@ -34,6 +37,15 @@ VISION = {
     "image_size": 28,
     "patch_size": 14,
 }
+QWEN_VISION = {
+    "depth": 1,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 2,
+    "patch_size": 14,
+    "out_hidden_size": 48,
+}
+QWEN_TOKENS = {"image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 7, "vision_end_token_id": 8}
 CONFIGS = {
     "gemma3": lambda: Gemma3Config(
         text_config=TEXT,
@@ -46,6 +58,18 @@ CONFIGS = {
         text_config=TEXT | {"model_type": "mistral"},
         image_token_index=5,
     ),
+    "qwen2_5_vl": lambda: Qwen2_5_VLConfig(
+        text_config=SIZES | {"rope_theta": 5000.0, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}},
+        vision_config=QWEN_VISION | {"fullatt_block_indexes": [0]},
+        **QWEN_TOKENS,
+    ),
+    "qwen3_vl": lambda: Qwen3VLConfig(
+        text_config=SIZES
+        | {"head_dim": 16, "rope_theta": 5000.0}
+        | {"rope_scaling": {"rope_type": "default", "mrope_section": [4, 2, 2], "mrope_interleaved": True}},
+        vision_config=QWEN_VISION | {"deepstack_visual_indexes": [0]},
+        **QWEN_TOKENS,
+    ),
     "llava": lambda: LlavaConfig(
         vision_config=VISION | {"model_type": "clip_vision_model"},
         text_config=TEXT | {"model_type": "llama"},
@@ -56,7 +80,10 @@ CONFIGS = {
 SPELLINGS = {
     "published": ("language_model.model.", "language_model.lm_head."),
     "inside": ("model.language_model.", "lm_head."),
+    "flat": ("model.", "lm_head."),
 }
+KINDS = [(kind, spelling) for kind in CONFIGS for spelling in ("published", "inside") if "qwen" not in kind]
+KINDS += [("qwen2_5_vl", "flat"), ("qwen2_5_vl", "inside"), ("qwen3_vl", "inside")]
 
 
 def words_after_spaces():
@@ -76,7 +103,7 @@ def gemma3(folder):
     return model
 
 
-@pytest.fixture(params=[(kind, spelling) for kind in CONFIGS for spelling in SPELLINGS], ids="-".join)
+@pytest.fixture(params=KINDS, ids="-".join)
 def wrapped(request, tmp_path):
     """(multimodal model, its folder)"""
     kind, spelling = request.param
@@ -84,12 +111,13 @@ def wrapped(request, tmp_path):
     model = AutoModelForImageTextToText.from_config(CONFIGS[kind](), attn_implementation="eager").eval()
     model.save_pretrained(tmp_path / "model")
     words_after_spaces().save_pretrained(tmp_path / "model")
-    edit(tmp_path / "model" / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
+    named = "Qwen2Tokenizer" if "qwen" in kind else "LlamaTokenizer"
+    edit(tmp_path / "model" / "tokenizer_config.json", tokenizer_class=named)
     path, (decoder, head) = tmp_path / "model" / "model.safetensors", SPELLINGS[spelling]
     tensors = {}
     for name, tensor in load_file(path).items():
-        for saved in (*SPELLINGS["published"], *SPELLINGS["inside"]):
-            if name.startswith(saved):
+        for saved in (part for parts in SPELLINGS.values() for part in parts):
+            if name.startswith(saved) and "visual" not in name:
                 name = (head if "lm_head" in saved else decoder) + name.removeprefix(saved)
                 break
         tensors[name] = tensor
@@ -102,7 +130,8 @@ def wrapped(request, tmp_path):
 def test_its_language_model_converts(wrapped, tmp_path):
     model, folder = wrapped
     checkpoint = Checkpoint.open(str(folder))
-    assert checkpoint.config.model_type == model.config.text_config.model_type
+    kind = model.config.text_config.model_type
+    assert checkpoint.config.model_type == TWINS.get(kind, kind)
     ends = getattr(model.config, "eos_token_id", None)
     assert ends is None or checkpoint.config.eos_token_id == ends
     routing = random_routing(checkpoint)
