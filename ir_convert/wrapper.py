@@ -17,6 +17,7 @@ PARTS = {
 }
 # Language models that are a family's but for the positions of images, which have three numbers each: text's are all the same.
 TWINS = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
+TWINS |= {"qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2"}  # as version 4 of transformers reads what was published
 ROPE = ("rope_parameters", "rope_scaling", "rope_theta")
 OUTER = ("bos_token_id", "eos_token_id", "quantization_config")  # what the outer configuration decides
 NOT_CAUSAL = ("paligemma",)

@@ -1,5 +1,8 @@
 """The language model in a multimodal checkpoint converts as one that is alone."""
 
+import json
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -24,6 +27,7 @@ from transformers import (
 from ir_convert.checkpoint import Checkpoint
 from ir_convert.decoder import Decoder
 from ir_convert.errors import UserError
+from ir_convert.evaluate import logits
 from ir_convert.export import hf, onnx
 from ir_convert.runtime import OnnxModel
 from ir_convert.wrapper import TWINS
@@ -156,13 +160,31 @@ def test_its_language_model_converts(wrapped, tmp_path):
     exported = hf.load(tmp_path / "hf", dtype=torch.float32).eval()
     exported.set_sparsity(0)
     runtime = OnnxModel.load(tmp_path / "onnx", threads=1, sparsity=0.0)
-    for logits in (
+    for found in (
         exported(input_ids=ids, attention_mask=mask, position_ids=positions).logits,
         torch.from_numpy(runtime.logits(ids.numpy(), mask.numpy())),
     ):
-        torch.testing.assert_close(logits[real], expected[real], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(found[real], expected[real], atol=1e-4, rtol=1e-4)
     assert np.isfinite(runtime.logits(ids.numpy())).all()
     assert Decoder(checkpoint, torch.device("cpu")).layer(2)
+
+
+@torch.no_grad()
+def test_settings_of_qwen_as_published(tmp_path):
+    """The language model's lie beside the other's."""
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(CONFIGS["qwen2_5_vl"]()).eval()
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    outer = json.loads(path.read_text())
+    inner = outer.pop("text_config")
+    for name in ("rope_parameters", "model_type", "layer_types"):
+        inner.pop(name, None)
+    inner |= {"rope_theta": 5000.0, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
+    path.write_text(json.dumps(inner | outer))
+    ids = torch.randint(9, 131, (1, 12), generator=torch.Generator().manual_seed(0))
+    found = logits(Decoder(Checkpoint.open(str(tmp_path)), torch.device("cpu")), {}, ids, -math.inf)
+    torch.testing.assert_close(found, model(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_either_configuration_may_tie(tmp_path):
