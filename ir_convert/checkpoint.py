@@ -57,7 +57,8 @@ class Checkpoint:
         shards: tensor name -> file name.
         lora: low-rank changes that reading folds into the weights; see ``Routing.lora``.
         rounding: what then quantises the units' projections, and gives them back as they are after it; None for none.
-        inside: what a multimodal checkpoint, of which this is the language model, calls the tensors; none in one of text alone.
+        inside: what the files call the tensors, where that is not what the model does: in a multimodal checkpoint, of which
+            this is the language model, and in Mixtral's.
     """
 
     name: str
@@ -92,14 +93,15 @@ class Checkpoint:
             raise UserError(
                 f"{path} holds an adapter beside its model: merge them, or move {ADAPTER} away to do without it"
             )
+        own_name = wrapper.own_name if text else experts.own_name if kind == "mixtral" else None
         shards, inside = shards_of(path), {}
-        if text is not None:
-            inside = {own: name for name in shards if (own := wrapper.own_name(name))}
+        if own_name is not None:
+            inside = {own: name for name in shards if (own := own_name(name))}
             if not inside:
                 first = next(iter(shards), "none")
                 raise UserError(f"{path}: a model of type '{kind}' whose tensors have unknown names, first '{first}'")
             shards = {own: shards[name] for own, name in inside.items()}
-        require_whole(path, config, shards, wrapper.own_name if inside else None)
+        require_whole(path, config, shards, own_name)
         # Old checkpoints store the frequencies of rotary embeddings; models compute them.
         shards = {name: shard for name, shard in shards.items() if ROTARY not in name}
         checkpoint = cls(model, path, config, shards, inside=inside)

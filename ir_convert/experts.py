@@ -7,6 +7,15 @@ from transformers import PretrainedConfig
 
 PACKED, PARTS = "gate_up_proj", ("gate_proj", "up_proj")
 PLAIN = "down_proj"
+# What Mixtral's files call the module and the projections.
+MIXTRAL = {".block_sparse_moe.": ".mlp.", ".w1.": ".gate_proj.", ".w3.": ".up_proj.", ".w2.": ".down_proj."}
+
+
+def own_name(name: str) -> str:
+    """Returns the name that a tensor of Mixtral's has in the modules of transformers 5, an expert's by itself."""
+    for stored, own in MIXTRAL.items():
+        name = name.replace(stored, own)
+    return name
 
 
 def read_as_version_5(config: PretrainedConfig) -> None:

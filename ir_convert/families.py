@@ -173,6 +173,7 @@ FAMILIES = {
         logit_divisor=_field("logits_scaling"),
     ),
     "qwen3_moe": Family(_ATTENTION_QK_NORM, _MIXTURE),
+    "mixtral": Family(_ATTENTION, _MIXTURE, transformers=5),
     "olmoe": Family(replace(_ATTENTION_QK_NORM, whole_norms=True), _MIXTURE, windows=False, transformers=5),
 }
 

@@ -15,6 +15,7 @@ from transformers import (
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Olmo2Config,
     Olmo3Config,
     OlmoeConfig,
@@ -90,7 +91,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
         tie_word_embeddings=True,
     ),
     "qwen3_moe": Qwen3MoeConfig(
-        **(SIZES | {"hidden_size": 64}),  # of whole blocks in int4, as the experts' width is
+        **(SIZES | {"hidden_size": 128}),  # whole blocks in int4, as the experts' width is
         head_dim=16,
         num_experts=5,
         num_experts_per_tok=2,
@@ -111,6 +112,11 @@ RELATIVES: dict[str, PretrainedConfig] = {
         rope_theta=5000.0,
         rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
     ),
+    "mixtral": MixtralConfig(
+        **(SIZES | {"hidden_size": 64, "intermediate_size": 32, "num_attention_heads": 4}),
+        num_local_experts=5,
+        num_experts_per_tok=2,
+    ),
     "olmoe": OlmoeConfig(
         **(SIZES | {"hidden_size": 64, "intermediate_size": 32, "num_attention_heads": 4}),
         num_experts=5,
@@ -121,7 +127,7 @@ RELATIVES: dict[str, PretrainedConfig] = {
     "exaone4-global": Exaone4Config(**SIZES, sliding_window=None, layer_types=["full_attention"] * 3),
 }
 if transformers.__version__.startswith("4."):
-    del RELATIVES["olmoe"]
+    del RELATIVES["mixtral"], RELATIVES["olmoe"]
 EVERY = CONFIGS | RELATIVES
 
 

@@ -24,7 +24,7 @@ def test_packed_on_disk(tmp_path):
             count = experts_of(checkpoint.config).count
             packed |= {prefix + name: tensor for name, tensor in _pack(inside, "mlp.experts", count).items()}
         packed |= {name: apart[name] for name in names if name not in packed}
-        assert packed["model.layers.0.mlp.experts.gate_up_proj"].shape == (5, 2 * 32, 64)
+        assert packed["model.layers.0.mlp.experts.gate_up_proj"].shape == (5, 2 * 32, 128)
         save_file(packed, tmp_path / "model.safetensors", metadata={"format": "pt"})
         torch.testing.assert_close(run(Checkpoint.open(str(tmp_path)), ids), expected)
 

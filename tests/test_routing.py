@@ -44,7 +44,8 @@ def test_round_trip(random_model, tmp_path, missing):
 def test_low_rank_changes_are_folded_into_what_is_read(random_model):
     _, _, checkpoint, _ = random_model
     name, other = (f"model.layers.{layer}.self_attn.o_proj.weight" for layer in (1, 2))
-    a, b = torch.randn(2, checkpoint.read(name).shape[1]), torch.randn(48, 2)
+    outputs, inputs = checkpoint.read(name).shape
+    a, b = torch.randn(2, inputs), torch.randn(outputs, 2)
     folded = checkpoint.with_lora({name: (a, b)})
     torch.testing.assert_close(folded.read(name), checkpoint.read(name) + b @ a)
     torch.testing.assert_close(folded.read_layer(1)["self_attn.o_proj.weight"], checkpoint.read(name) + b @ a)

@@ -14,6 +14,7 @@ from transformers import (
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Olmo2Config,
     Olmo3Config,
     OlmoeConfig,
@@ -26,7 +27,7 @@ from transformers import (
 )
 
 # Transformers tells modeling code apart by the source of *this* file: it has to change whenever the others do.
-MODELING_SHA256 = "e1a4234f241b"
+MODELING_SHA256 = "ae6860f3e125"
 
 
 class InformedRouting:
@@ -180,6 +181,10 @@ class IRQwen3MoeConfig(InformedRouting, Qwen3MoeConfig):
     model_type = "ir_qwen3_moe"
 
 
+class IRMixtralConfig(InformedRouting, MixtralConfig):
+    model_type = "ir_mixtral"
+
+
 class IROlmoeConfig(InformedRouting, OlmoeConfig):
     model_type = "ir_olmoe"
 
@@ -212,6 +217,7 @@ for _config in (
     IRSmolLM3Config,
     IRGraniteConfig,
     IRQwen3MoeConfig,
+    IRMixtralConfig,
     IROlmoeConfig,
     IRSeedOssConfig,
     IRGemmaConfig,

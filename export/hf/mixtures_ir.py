@@ -10,9 +10,17 @@ from .informed_ir import InformedRouting
 
 
 class InformedMixture(InformedRouting):
-    """Mixed in before a family's causal language model."""
+    """Mixed in before a family's causal language model.
+
+    Attributes:
+        since: the oldest major version of transformers that will do: some layers of version 4 want the experts' scores back.
+    """
+
+    since = 4
 
     def __init__(self, config: Any) -> None:
+        if int(__version__.split(".")[0]) < self.since:
+            raise ValueError(f"{config.model_type} needs transformers {self.since} or newer, and this is {__version__}")
         require_no_scores(config.output_router_logits)
         super().__init__(config)
 
@@ -35,14 +43,11 @@ def without_scores(forward: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-def require_version_5(family: str) -> None:
-    """Raises ValueError in version 4 of transformers, some of whose layers want the experts' scores back."""
-    if __version__.startswith("4."):
-        raise ValueError(f"routed {family} needs transformers 5 or newer, and this is {__version__}")
+def put_together(family: str) -> None:
+    """Says how a routed family's experts lie in files: version 5 of transformers has all in one tensor, and asks by model type.
 
-
-def put_together_as(family: str) -> None:
-    """Says how a routed family's experts lie in files: version 5 of transformers has all in one tensor, and asks by model type."""
+    All are written as Qwen3-MoE's are.
+    """
     try:
         from transformers.conversion_mapping import (
             get_checkpoint_conversion_mapping,
@@ -50,4 +55,5 @@ def put_together_as(family: str) -> None:
         )
     except ImportError:
         return
-    register_checkpoint_conversion_mapping(f"ir_{family}", get_checkpoint_conversion_mapping(family), overwrite=True)
+    mapping = get_checkpoint_conversion_mapping("qwen3_moe")
+    register_checkpoint_conversion_mapping(f"ir_{family}", mapping, overwrite=True)

@@ -24,6 +24,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention, Gemma3Fo
 from transformers.models.granite.modeling_granite import GraniteAttention, GraniteForCausalLM, GraniteMLP
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaForCausalLM, LlamaMLP
 from transformers.models.mistral.modeling_mistral import MistralAttention, MistralForCausalLM, MistralMLP
+from transformers.models.mixtral.modeling_mixtral import MixtralAttention, MixtralForCausalLM, MixtralSparseMoeBlock
 from transformers.models.olmo2.modeling_olmo2 import Olmo2Attention, Olmo2ForCausalLM, Olmo2MLP, Olmo2RMSNorm
 from transformers.models.olmo3.modeling_olmo3 import Olmo3Attention, Olmo3ForCausalLM, Olmo3MLP, Olmo3RMSNorm
 from transformers.models.olmoe.modeling_olmoe import OlmoeAttention, OlmoeForCausalLM, OlmoeSparseMoeBlock
@@ -47,6 +48,7 @@ from .configuration_ir import (
     IRGraniteConfig,
     IRLlamaConfig,
     IRMistralConfig,
+    IRMixtralConfig,
     IROlmo2Config,
     IROlmo3Config,
     IROlmoeConfig,
@@ -61,7 +63,7 @@ from .control_ir import (
     SparsityControl as SparsityControl,
 )  # version 4 of transformers copies just what this file imports
 from .informed_ir import InformedRouting
-from .mixtures_ir import InformedMixture, put_together_as, require_version_5, without_scores
+from .mixtures_ir import InformedMixture, put_together, without_scores
 from .routed_ir import PostNorm, RoutedExperts, RoutedMLP
 
 
@@ -205,6 +207,19 @@ class IRQwen3MoeForCausalLM(InformedMixture, Qwen3MoeForCausalLM):
     forward = without_scores(Qwen3MoeForCausalLM.forward)
 
 
+class IRMixtralAttention(RoutedAttention, MixtralAttention): ...
+
+
+class IRMixtralMLP(RoutedExperts, MixtralSparseMoeBlock): ...
+
+
+class IRMixtralForCausalLM(InformedMixture, MixtralForCausalLM):
+    config_class = IRMixtralConfig
+    attention, mlp = IRMixtralAttention, IRMixtralMLP
+    forward = without_scores(MixtralForCausalLM.forward)
+    since = 5
+
+
 class IROlmoeAttention(RoutedAttention, OlmoeAttention):  # type: ignore[misc]
     whole_norm = True
 
@@ -216,10 +231,7 @@ class IROlmoeForCausalLM(InformedMixture, OlmoeForCausalLM):
     config_class = IROlmoeConfig
     attention, mlp = IROlmoeAttention, IROlmoeMLP
     forward = without_scores(OlmoeForCausalLM.forward)
-
-    def __init__(self, config: IROlmoeConfig) -> None:
-        require_version_5("OLMoE")
-        super().__init__(config)
+    since = 5
 
 
 class IRSeedOssAttention(RoutedAttention, SeedOssAttention):  # type: ignore[misc]
@@ -300,9 +312,10 @@ MODELS = (
     IROlmo3ForCausalLM,
     IRExaone4ForCausalLM,
     IRQwen3MoeForCausalLM,
+    IRMixtralForCausalLM,
     IROlmoeForCausalLM,
 )
 for _model in MODELS:
     _model.register_for_auto_class("AutoModelForCausalLM")  # save_pretrained copies this file
-for _family in ("qwen3_moe", "olmoe"):
-    put_together_as(_family)
+for _family in ("qwen3_moe", "mixtral", "olmoe"):
+    put_together(_family)

@@ -12,6 +12,8 @@ from ir_convert.families import experts_of
 from .int4 import Int4, lazy_parts, quantise
 from .weights import require_shape
 
+MOE_PROJECTIONS = ("gate_up", "down")  # as the functions call them; what scores the experts is not in int4
+
 
 def expert_weights(checkpoint: Checkpoint, inside: str, packed: str, parts: tuple[str, ...]) -> Iterator[Tensor]:
     """Yields, for each expert, the rows of some of its projections by turns ``[parts * rows, in]``.
@@ -28,8 +30,13 @@ def expert_weights(checkpoint: Checkpoint, inside: str, packed: str, parts: tupl
     experts = experts_of(checkpoint.config)
     assert experts is not None
     for expert in range(experts.count):
-        apart = [checkpoint.read(f"{inside}.{expert}.{part}.weight") for part in parts]
-        yield torch.stack(apart, dim=1).flatten(0, 1)
+        together = torch.empty(0)
+        for turn, part in enumerate(parts):  # one of them in memory beside what they become
+            weight = checkpoint.read(f"{inside}.{expert}.{part}.weight")
+            together = together if turn else weight.new_empty(len(weight), len(parts), weight.shape[1])
+            together[:, turn] = weight
+            del weight
+        yield together.flatten(0, 1)
 
 
 def stacked(shape: tuple[int, int, int], each: Callable[[], Iterator[Tensor]], dtype: torch.dtype) -> Tensor:

@@ -32,6 +32,7 @@ from . import decide as decide_bodies
 from . import mlp as mlp_bodies
 from . import moe as moe_bodies
 from .body import MICROSOFT, PLAIN, Features, Inputs
+from .experts import MOE_PROJECTIONS
 from .int4 import Int4
 from .names import tidy
 
@@ -44,7 +45,6 @@ DECIDE_INPUTS = (
 )
 DECIDE_PROJECTIONS = ("down", "up", "hidden")
 MLP_PROJECTIONS, ATTENTION_PROJECTIONS = ("gate", "up", "down"), ("q", "k", "v", "o")
-MOE_PROJECTIONS = ("gate_up", "down")  # those in int4
 MLP_INPUTS = (
     *("h", "forecast", "execute", "gate_weight", "up_weight", "down_weight"),
     *("gate_bias", "up_bias", "down_bias", "post_norm"),

@@ -12,8 +12,7 @@ from onnxscript import GraphBuilder
 from ir_convert.checkpoint import Checkpoint
 from ir_convert.families import experts_of, head_dim, packed_rows, projection_sizes
 
-from .experts import expert_weights, int4_expert_tensors, stacked
-from .functions import MOE_PROJECTIONS
+from .experts import MOE_PROJECTIONS, expert_weights, int4_expert_tensors, stacked
 from .int4 import Int4, int4_tensors
 from .weights import LazyWeight
 

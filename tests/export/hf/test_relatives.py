@@ -86,7 +86,7 @@ def test_olmoe_needs_version_5(tmp_path):
     OlmoeConfig(num_hidden_layers=1).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="models of type 'olmoe' need transformers 5 or newer, and this is 4"):
         Checkpoint.open(str(tmp_path))
-    with pytest.raises(ValueError, match="OLMoE needs transformers 5 or newer, and this is 4"):
+    with pytest.raises(ValueError, match="ir_olmoe needs transformers 5 or newer, and this is 4"):
         IROlmoeForCausalLM(IROlmoeConfig(num_hidden_layers=1))
 
 

@@ -9,7 +9,8 @@ from onnxscript import GraphBuilder
 from torch import Tensor
 from torch.nn import functional as F
 
-from ir_convert.export.onnx.functions import MOE_PROJECTIONS, OPSETS, VERSION
+from ir_convert.export.onnx.experts import MOE_PROJECTIONS
+from ir_convert.export.onnx.functions import OPSETS, VERSION
 from ir_convert.export.onnx.int4 import Int4, quantise
 
 D, FFN, HEAD, EPSILON = 12, 20, 8, 1e-5
