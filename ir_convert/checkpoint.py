@@ -8,7 +8,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -59,6 +59,7 @@ class Checkpoint:
         rounding: what then quantises the units' projections, and gives them back as they are after it; None for none.
         inside: what the files call the tensors, where that is not what the model does: in a multimodal checkpoint, of which
             this is the language model, and in Mixtral's.
+        wrapped: whether it is the language model of a multimodal checkpoint.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Checkpoint:
     lora: Lora = field(default_factory=dict, repr=False)
     rounding: Rounding | None = field(default=None, repr=False)
     inside: dict[str, str] = field(default_factory=dict, repr=False)
+    wrapped: bool = False
 
     @classmethod
     def open(cls, model: str) -> "Checkpoint":
@@ -93,7 +95,7 @@ class Checkpoint:
             raise UserError(
                 f"{path} holds an adapter beside its model: merge them, or move {ADAPTER} away to do without it"
             )
-        own_name = wrapper.own_name if text else experts.own_name if kind == "mixtral" else None
+        own_name = _own_name(text is not None, config.model_type)
         shards, inside = shards_of(path), {}
         if own_name is not None:
             inside = {own: name for name in shards if (own := own_name(name))}
@@ -104,7 +106,7 @@ class Checkpoint:
         require_whole(path, config, shards, own_name)
         # Old checkpoints store the frequencies of rotary embeddings; models compute them.
         shards = {name: shard for name, shard in shards.items() if ROTARY not in name}
-        checkpoint = cls(model, path, config, shards, inside=inside)
+        checkpoint = cls(model, path, config, shards, inside=inside, wrapped=text is not None)
         if checkpoint._has_two_heads():
             config.tie_word_embeddings = False
         return checkpoint
@@ -151,7 +153,7 @@ class Checkpoint:
     @property
     def written_config(self) -> dict[str, Any]:
         """The configuration as its author wrote it; of a language model in a multimodal one, as transformers writes it."""
-        if self.inside:
+        if self.wrapped:
             return json.loads(self.config.to_json_string(use_diff=False))
         return json.loads((self.path / "config.json").read_text("utf-8"))
 
@@ -277,3 +279,17 @@ class Checkpoint:
     def stored_dtype(self) -> torch.dtype:
         """The precision of the weights as stored (of one projection, which stands for all)."""
         return self.read(f"{self.family.layers}.0.{self.family.attention.module}.o_proj.weight").dtype
+
+
+def _own_name(wrapped: bool, model_type: str) -> Callable[[str], str | None] | None:
+    """Returns what gives a tensor's name in the model from that in the files, None for one of another part; None for no such."""
+    if not wrapped:
+        return experts.own_name if model_type == "mixtral" else None
+    if model_type != "mixtral":
+        return wrapper.own_name
+
+    def own_name(name: str) -> str | None:
+        own = wrapper.own_name(name)
+        return None if own is None else experts.own_name(own)
+
+    return own_name

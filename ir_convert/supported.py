@@ -6,7 +6,7 @@ import transformers
 from transformers import PretrainedConfig
 
 from .errors import UserError
-from .families import ACTIVATIONS, Family, experts_of, family_of
+from .families import ACTIVATIONS, Experts, Family, experts_of, family_of
 from .rope import FULL, SLIDING, TYPES, all_rope_parameters
 
 PER_KIND = ("gemma3_text", "olmo3")  # whose layers of each kind have a position embedding of their own
@@ -71,8 +71,8 @@ def require_supported(config: PretrainedConfig) -> Family:
             raise UserError(f"position embedding of type '{kind}' (rope_type) is not supported: use {', '.join(TYPES)}")
     if family.residual_multiplier(config) == 0:
         raise UserError("residual_multiplier is 0: no unit adds anything, there is nothing to route")
-    if experts_of(config) is not None:
-        _require_experts_everywhere(config)
+    if (experts := experts_of(config)) is not None:
+        _require_experts_everywhere(config, experts)
     return family
 
 
@@ -111,7 +111,11 @@ def _ropes(config: PretrainedConfig) -> list[dict[str, Any]]:
     return [rope for rope in ropes if rope]
 
 
-def _require_experts_everywhere(config: PretrainedConfig) -> None:
+def _require_experts_everywhere(config: PretrainedConfig, experts: Experts) -> None:
+    if not 1 <= experts.active <= experts.count:
+        raise UserError(
+            f"num_experts_per_tok is {experts.active}, and there are {experts.count} experts: correct config.json"
+        )
     # One budget of FLOPs holds for every layer.
     for name, value, plain in (
         ("mlp_only_layers", getattr(config, "mlp_only_layers", None) or [], []),

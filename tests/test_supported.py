@@ -82,6 +82,7 @@ KINDS = {
         ),
         (changed(EVERY["olmo3"].__class__(), rope_parameters=KINDS), "has rope_type 'longrope': that is not supported"),
         (changed(CONFIGS["granite"].__class__(), residual_multiplier=0), "residual_multiplier is 0"),
+        (OlmoeConfig(num_experts=4), "num_experts_per_tok is 8, and there are 4 experts: correct config.json"),
         (OlmoeConfig(clip_qkv=8.0), "clip_qkv is 8.0: queries, keys and values that are clipped"),
         (Qwen3MoeConfig(mlp_only_layers=[0]), re.escape("mlp_only_layers is [0]: models in which some layers")),
         (Qwen3MoeConfig(decoder_sparse_step=2), "decoder_sparse_step is 2: models in which some layers"),

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import transformers
 from models import SIZES, edit, random_routing
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, normalizers
@@ -80,6 +81,12 @@ CONFIGS = {
         image_token_index=5,
     ),
 }
+if not transformers.__version__.startswith("4."):
+    CONFIGS["llava_mixtral"] = lambda: LlavaConfig(
+        vision_config=VISION | {"model_type": "clip_vision_model"},
+        text_config=TEXT | {"model_type": "mixtral", "num_local_experts": 4},
+        image_token_index=5,
+    )
 # As models have been published, and as transformers would call the tensors inside.
 SPELLINGS = {
     "published": ("language_model.model.", "language_model.lm_head."),

@@ -42,7 +42,7 @@ with model.hold_sparsity({dial:g}):  # moves the threshold, where the text drift
     model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=2000)
 ```
 
-{_figures(routing)}It runs with transformers 4.57 and 5, `attn_implementation` {_kernels(checkpoint)}. Fine-tuning leaves routers as they are (they
+{_figures(routing)}It runs with transformers {_versions(checkpoint)}, `attn_implementation` {_kernels(checkpoint)}. Fine-tuning leaves routers as they are (they
 get no gradient), but what they decide moves with the hidden states: `hold_sparsity` holds what is saved.
 `DistributedDataParallel` needs `find_unused_parameters=True`, for not every unit runs in every batch.
 
@@ -61,6 +61,10 @@ def _kinds(routing: Routing) -> str:
 
 def _all_units(routing: Routing) -> str:
     return "the adapted model with every unit" if routing.lora else "the dense model"
+
+
+def _versions(checkpoint: Checkpoint) -> str:
+    return "4.57 and 5" if checkpoint.family.transformers == 4 else str(checkpoint.family.transformers)
 
 
 def _kernels(checkpoint: Checkpoint) -> str:

@@ -92,6 +92,9 @@ def _config(checkpoint: Checkpoint, routing: Routing, dtype: torch.dtype) -> dic
                 "AutoModelForCausalLM": f"modeling_ir.{model.__name__}",
             },
             activation: getattr(checkpoint.config, activation),
+            **(
+                {"output_router_logits": False} if values.get("output_router_logits") else {}
+            ),  # approximated tokens have none
             "dtype": str(dtype).removeprefix("torch."),
             "tie_word_embeddings": checkpoint.tied,
             "forecaster_rank": _sizes(routing, layers, lambda unit: unit.forecaster.rank),

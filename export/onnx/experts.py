@@ -15,25 +15,33 @@ from .weights import require_shape
 MOE_PROJECTIONS = ("gate_up", "down")  # as the functions call them; what scores the experts is not in int4
 
 
-def expert_weights(checkpoint: Checkpoint, inside: str, packed: str, parts: tuple[str, ...]) -> Iterator[Tensor]:
+def expert_weights(
+    checkpoint: Checkpoint, inside: str, packed: str, parts: tuple[str, ...], matrix: tuple[int, int]
+) -> Iterator[Tensor]:
     """Yields, for each expert, the rows of some of its projections by turns ``[parts * rows, in]``.
 
     Args:
         inside: where the experts are, e.g. ``model.layers.0.mlp.experts``.
         packed: what a tensor there of all experts is called, a projection's rows being neighbours in it; it need not be there.
         parts: the projections.
+        matrix: the shape that each has to come out in.
+
+    Raises:
+        UserError: a tensor has another shape.
     """
-    if f"{inside}.{packed}" in checkpoint.shards:
-        for rows in checkpoint.read(f"{inside}.{packed}"):
-            yield rows.unflatten(0, (len(parts), -1)).transpose(0, 1).flatten(0, 1)
-        return
     experts = experts_of(checkpoint.config)
     assert experts is not None
+    if (name := f"{inside}.{packed}") in checkpoint.shards:
+        for rows in require_shape(name, checkpoint.read(name), (experts.count, *matrix)):
+            yield rows.unflatten(0, (len(parts), -1)).transpose(0, 1).flatten(0, 1)
+        return
+    rows_of_each, inputs = matrix[0] // len(parts), matrix[1]
     for expert in range(experts.count):
         together = torch.empty(0)
         for turn, part in enumerate(parts):  # one of them in memory beside what they become
-            weight = checkpoint.read(f"{inside}.{expert}.{part}.weight")
-            together = together if turn else weight.new_empty(len(weight), len(parts), weight.shape[1])
+            name = f"{inside}.{expert}.{part}.weight"
+            weight = require_shape(name, checkpoint.read(name), (rows_of_each, inputs))
+            together = together if turn else weight.new_empty(rows_of_each, len(parts), inputs)
             together[:, turn] = weight
             del weight
         yield together.flatten(0, 1)
@@ -59,7 +67,7 @@ def int4_expert_tensors(
     shapes["weight"] = (count, matrix[0], matrix[1] // 2)
 
     def make() -> dict[str, Tensor]:
-        packed = [quantise(require_shape(name, weight, tuple(matrix)), int4, name) for weight in each()]
+        packed = [quantise(weight, int4, name) for weight in each()]
         return {part: torch.stack([one.parts()[part] for one in packed]).view(shapes[part]) for part in shapes}
 
     return lazy_parts(name, shapes, make, int4, dtype)

@@ -113,7 +113,7 @@ class Stored:
             ("down", ("down_proj",), (d, f)),
         ):
             name, shape = f"{inside}.{short}_proj", (experts.count, *matrix)
-            each = partial(expert_weights, self._checkpoint, inside, f"{short}_proj", parts)
+            each = partial(expert_weights, self._checkpoint, inside, f"{short}_proj", parts, matrix)
             if self._int4 is None:
                 weights[f"{short}_weight"] = self.initializer(
                     name, shape, partial(stacked, shape, each, self.dtype), self.dtype

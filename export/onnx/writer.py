@@ -117,7 +117,7 @@ def write(
     )
     shutil.copyfile(checkpoint.path / "config.json", folder / "config.json")
     checkpoint.copy_to(folder)
-    if checkpoint.inside:  # runtimes are to see a model of text alone
+    if checkpoint.wrapped:  # runtimes are to see a model of text alone
         (folder / "config.json").write_text(json.dumps(checkpoint.written_config, indent=2) + "\n", "utf-8")
         name_class(checkpoint, folder)
     genai.write(checkpoint, folder, name)

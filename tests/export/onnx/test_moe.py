@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import onnx_ir as ir
 import pytest
@@ -80,6 +81,26 @@ def test_is_one_function_on_stock_operators(int4, domain, kernel, tmp_path):
     batch = Batch(ids, torch.ones_like(ids), [9])
     for ran, times in zip(profile(model, batch, [-math.inf, math.inf], tmp_path), (3, 0), strict=True):
         assert [event["args"]["op_name"] for event in ran].count(kernel) == times
+
+
+@pytest.mark.parametrize("int4", [None, Int4()])
+def test_a_damaged_expert_is_named(int4, tmp_path):
+    """Also where its shape would spread over the one that is right."""
+    _, _, checkpoint, routing = make_random("qwen3_moe", tmp_path / "base")
+    name, path = "model.layers.1.mlp.experts.1.down_proj.weight", tmp_path / "base" / "model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {name: tensors[name][:, :1].contiguous()}, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=re.escape(f"tensor '{name}' has shape [128, 1]; [128, 32] was expected")):
+        write(checkpoint, routing, tmp_path, "m.onnx", int4=int4)
+
+
+def test_the_configuration_of_mixtral_is_its_authors(tmp_path):
+    """Its tensors have other names in the files; it is no part of another model."""
+    _, _, checkpoint, routing = make_random("mixtral", tmp_path / "base")
+    assert "model.layers.0.block_sparse_moe.experts.0.w1.weight" in checkpoint.inside.values()
+    (tmp_path / "onnx").mkdir()
+    write(checkpoint, routing, tmp_path / "onnx", "m.onnx")
+    assert (tmp_path / "onnx" / "config.json").read_bytes() == (tmp_path / "base" / "config.json").read_bytes()
 
 
 def test_what_int4_cannot_hold_is_refused_before_anything_is_written(tmp_path):

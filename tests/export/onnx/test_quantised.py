@@ -77,7 +77,9 @@ def test_int8(outputs, inputs, rows, seed):
 
 
 @pytest.mark.parametrize("method", ["rtn", "k_quant"])
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "gemma3", "phi3", "olmo2", "granite", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen2", "gemma2", "gemma3", "phi3", "olmo2", "granite", "qwen3_moe", "mixtral", "olmoe"]
+)
 def test_int4_model(name, method, tmp_path):
     """Against torch on the dequantised weights: the same decisions, logits but for the rounding of activations."""
     save_random(name, tmp_path / "base")
