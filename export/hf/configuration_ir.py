@@ -27,7 +27,7 @@ from transformers import (
 )
 
 # Transformers tells modeling code apart by the source of *this* file: it has to change whenever the others do.
-MODELING_SHA256 = "ae6860f3e125"
+MODELING_SHA256 = "cdeac76ce8d0"
 
 
 class InformedRouting:
@@ -205,23 +205,27 @@ class IRExaone4Config(InformedRouting, Exaone4Config):
     model_type = "ir_exaone4"
 
 
-for _config in (
-    IRLlamaConfig,
-    IRMistralConfig,
-    IRQwen2Config,
-    IRQwen3Config,
-    IRGemma2Config,
-    IRGemma3TextConfig,
-    IRPhi3Config,
-    IROlmo2Config,
-    IRSmolLM3Config,
-    IRGraniteConfig,
-    IRQwen3MoeConfig,
-    IRMixtralConfig,
-    IROlmoeConfig,
-    IRSeedOssConfig,
-    IRGemmaConfig,
-    IROlmo3Config,
-    IRExaone4Config,
-):
+CONFIGS = {
+    config.model_type: config
+    for config in (
+        IRLlamaConfig,
+        IRMistralConfig,
+        IRQwen2Config,
+        IRQwen3Config,
+        IRGemma2Config,
+        IRGemma3TextConfig,
+        IRPhi3Config,
+        IROlmo2Config,
+        IRSmolLM3Config,
+        IRGraniteConfig,
+        IRQwen3MoeConfig,
+        IRMixtralConfig,
+        IROlmoeConfig,
+        IRSeedOssConfig,
+        IRGemmaConfig,
+        IROlmo3Config,
+        IRExaone4Config,
+    )
+}
+for _config in CONFIGS.values():
     _config.register_for_auto_class()  # save_pretrained copies this file

@@ -40,25 +40,7 @@ from transformers.models.seed_oss.modeling_seed_oss import SeedOssAttention, See
 from transformers.models.smollm3.modeling_smollm3 import SmolLM3Attention, SmolLM3ForCausalLM, SmolLM3MLP
 
 from .attention_ir import RoutedAttention, RoutedPackedAttention
-from .configuration_ir import (
-    IRExaone4Config,
-    IRGemma2Config,
-    IRGemma3TextConfig,
-    IRGemmaConfig,
-    IRGraniteConfig,
-    IRLlamaConfig,
-    IRMistralConfig,
-    IRMixtralConfig,
-    IROlmo2Config,
-    IROlmo3Config,
-    IROlmoeConfig,
-    IRPhi3Config,
-    IRQwen2Config,
-    IRQwen3Config,
-    IRQwen3MoeConfig,
-    IRSeedOssConfig,
-    IRSmolLM3Config,
-)
+from .configuration_ir import CONFIGS
 from .control_ir import (
     SparsityControl as SparsityControl,
 )  # version 4 of transformers copies just what this file imports
@@ -74,7 +56,7 @@ class IRLlamaMLP(RoutedMLP, LlamaMLP): ...
 
 
 class IRLlamaForCausalLM(InformedRouting, LlamaForCausalLM):
-    config_class = IRLlamaConfig
+    config_class = CONFIGS["ir_llama"]
     attention, mlp = IRLlamaAttention, IRLlamaMLP
 
 
@@ -85,7 +67,7 @@ class IRMistralMLP(RoutedMLP, MistralMLP): ...
 
 
 class IRMistralForCausalLM(InformedRouting, MistralForCausalLM):
-    config_class = IRMistralConfig
+    config_class = CONFIGS["ir_mistral"]
     attention, mlp = IRMistralAttention, IRMistralMLP
 
 
@@ -96,7 +78,7 @@ class IRQwen2MLP(RoutedMLP, Qwen2MLP): ...
 
 
 class IRQwen2ForCausalLM(InformedRouting, Qwen2ForCausalLM):
-    config_class = IRQwen2Config
+    config_class = CONFIGS["ir_qwen2"]
     attention, mlp = IRQwen2Attention, IRQwen2MLP
 
 
@@ -107,7 +89,7 @@ class IRQwen3MLP(RoutedMLP, Qwen3MLP): ...
 
 
 class IRQwen3ForCausalLM(InformedRouting, Qwen3ForCausalLM):
-    config_class = IRQwen3Config
+    config_class = CONFIGS["ir_qwen3"]
     attention, mlp = IRQwen3Attention, IRQwen3MLP
 
 
@@ -124,7 +106,7 @@ class IRGemma2RMSNorm(PostNorm, Gemma2RMSNorm): ...
 
 
 class IRGemma2ForCausalLM(InformedRouting, Gemma2ForCausalLM):
-    config_class = IRGemma2Config
+    config_class = CONFIGS["ir_gemma2"]
     attention, mlp = IRGemma2Attention, IRGemma2MLP
     post_norm = IRGemma2RMSNorm
     _supports_sdpa = False  # it has no soft cap, and drops it in silence
@@ -140,7 +122,7 @@ class IRGemma3RMSNorm(PostNorm, Gemma3RMSNorm): ...
 
 
 class IRGemma3ForCausalLM(InformedRouting, Gemma3ForCausalLM):
-    config_class = IRGemma3TextConfig
+    config_class = CONFIGS["ir_gemma3_text"]
     attention, mlp = IRGemma3Attention, IRGemma3MLP
     post_norm = IRGemma3RMSNorm
 
@@ -152,7 +134,7 @@ class IRPhi3MLP(RoutedMLP, Phi3MLP): ...
 
 
 class IRPhi3ForCausalLM(InformedRouting, Phi3ForCausalLM):
-    config_class = IRPhi3Config
+    config_class = CONFIGS["ir_phi3"]
     attention, mlp = IRPhi3Attention, IRPhi3MLP
 
 
@@ -168,7 +150,7 @@ class IROlmo2RMSNorm(PostNorm, Olmo2RMSNorm): ...
 
 
 class IROlmo2ForCausalLM(InformedRouting, Olmo2ForCausalLM):
-    config_class = IROlmo2Config
+    config_class = CONFIGS["ir_olmo2"]
     attention, mlp = IROlmo2Attention, IROlmo2MLP
     post_norm = IROlmo2RMSNorm
 
@@ -180,7 +162,7 @@ class IRSmolLM3MLP(RoutedMLP, SmolLM3MLP): ...
 
 
 class IRSmolLM3ForCausalLM(InformedRouting, SmolLM3ForCausalLM):
-    config_class = IRSmolLM3Config
+    config_class = CONFIGS["ir_smollm3"]
     attention, mlp = IRSmolLM3Attention, IRSmolLM3MLP
 
 
@@ -191,7 +173,7 @@ class IRGraniteMLP(RoutedMLP, GraniteMLP): ...
 
 
 class IRGraniteForCausalLM(InformedRouting, GraniteForCausalLM):
-    config_class = IRGraniteConfig
+    config_class = CONFIGS["ir_granite"]
     attention, mlp = IRGraniteAttention, IRGraniteMLP
 
 
@@ -202,7 +184,7 @@ class IRQwen3MoeMLP(RoutedExperts, Qwen3MoeSparseMoeBlock): ...
 
 
 class IRQwen3MoeForCausalLM(InformedMixture, Qwen3MoeForCausalLM):
-    config_class = IRQwen3MoeConfig
+    config_class = CONFIGS["ir_qwen3_moe"]
     attention, mlp = IRQwen3MoeAttention, IRQwen3MoeMLP
     forward = without_scores(Qwen3MoeForCausalLM.forward)
 
@@ -214,7 +196,7 @@ class IRMixtralMLP(RoutedExperts, MixtralSparseMoeBlock): ...
 
 
 class IRMixtralForCausalLM(InformedMixture, MixtralForCausalLM):
-    config_class = IRMixtralConfig
+    config_class = CONFIGS["ir_mixtral"]
     attention, mlp = IRMixtralAttention, IRMixtralMLP
     forward = without_scores(MixtralForCausalLM.forward)
     since = 5
@@ -228,7 +210,7 @@ class IROlmoeMLP(RoutedExperts, OlmoeSparseMoeBlock): ...
 
 
 class IROlmoeForCausalLM(InformedMixture, OlmoeForCausalLM):
-    config_class = IROlmoeConfig
+    config_class = CONFIGS["ir_olmoe"]
     attention, mlp = IROlmoeAttention, IROlmoeMLP
     forward = without_scores(OlmoeForCausalLM.forward)
     since = 5
@@ -243,7 +225,7 @@ class IRSeedOssMLP(RoutedMLP, SeedOssMLP): ...
 
 
 class IRSeedOssForCausalLM(InformedRouting, SeedOssForCausalLM):
-    config_class = IRSeedOssConfig
+    config_class = CONFIGS["ir_seed_oss"]
     attention, mlp = IRSeedOssAttention, IRSeedOssMLP
 
 
@@ -254,7 +236,7 @@ class IRGemmaMLP(RoutedMLP, GemmaMLP): ...
 
 
 class IRGemmaForCausalLM(InformedRouting, GemmaForCausalLM):
-    config_class = IRGemmaConfig
+    config_class = CONFIGS["ir_gemma"]
     attention, mlp = IRGemmaAttention, IRGemmaMLP
 
 
@@ -270,7 +252,7 @@ class IROlmo3RMSNorm(PostNorm, Olmo3RMSNorm): ...
 
 
 class IROlmo3ForCausalLM(InformedRouting, Olmo3ForCausalLM):
-    config_class = IROlmo3Config
+    config_class = CONFIGS["ir_olmo3"]
     attention, mlp = IROlmo3Attention, IROlmo3MLP
     post_norm = IROlmo3RMSNorm
 
@@ -291,7 +273,7 @@ class IRExaone4RMSNorm(PostNorm, Exaone4RMSNorm): ...
 
 
 class IRExaone4ForCausalLM(InformedRouting, Exaone4ForCausalLM):
-    config_class = IRExaone4Config
+    config_class = CONFIGS["ir_exaone4"]
     attention, mlp = IRExaone4Attention, IRExaone4MLP
     post_norm = IRExaone4RMSNorm
 
