@@ -116,7 +116,7 @@ def _share(context: click.Context, parameter: click.Parameter, value: float | No
 @click.option(
     "--int4-method",
     type=click.Choice(INT4_METHODS),
-    help="How to round them; hqq is slow on CPUs.  [default: rtn, or the routing file's]",
+    help="How to round them; hqq is slow on CPUs, and not for mixtures of experts.  [default: rtn, or the routing file's]",
 )
 @click.option(
     "--calibrate-quantised",
