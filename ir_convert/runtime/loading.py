@@ -73,7 +73,8 @@ def open_session(
         said = str(error).splitlines()[0]
         if "Domain already set" in said:  # the caller registered a library
             raise UserError(f"{held}, or library=False to keep the kernels that they hold") from error
-        raise UserError(f"ONNX Runtime cannot load {path}: {said}") from error
+        newer = f"; this is version {ort.__version__}, and a newer one may" if "Unrecognized attribute" in said else ""
+        raise UserError(f"ONNX Runtime cannot load {path}: {said}{newer}") from error
 
 
 @dataclass(frozen=True)

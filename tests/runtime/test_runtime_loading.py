@@ -1,6 +1,7 @@
 """What loads in the ONNX runtime, with which provider and kernels, and what is said where something does not."""
 
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -69,6 +70,19 @@ def test_what_does_not_load_says_what_to_do(base, tmp_path):
     onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "other", [x], [y])), tmp_path / "other.onnx")
     with pytest.raises(UserError, match="not written by ir-convert"):
         OnnxModel.load(tmp_path / "other.onnx")
+
+
+def test_an_operator_that_has_learnt_more_since(base, tmp_path):
+    folder = shutil.copytree(base[1], tmp_path / "newer")
+    proto = onnx.load(folder / "ir-tiny.onnx", load_external_data=False)
+    node = next(node for node in proto.graph.node if node.op_type == "Gather")
+    node.attribute.append(onnx.helper.make_attribute("rounding", 4))
+    onnx.save(proto, folder / "ir-tiny.onnx")
+    version = re.escape(ort.__version__)
+    with pytest.raises(
+        UserError, match=f"Unrecognized attribute: rounding for operator Gather; this is version {version}, and"
+    ):
+        OnnxModel.load(folder)
 
 
 def test_what_lies_beside_is_read_when_it_is_asked_for(base, tmp_path, monkeypatch):
