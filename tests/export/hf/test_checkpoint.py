@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import EVERY, random_routing, save_random
@@ -330,7 +331,8 @@ def test_every_family_is_exported():
     from ir_convert.families import FAMILIES
 
     assert set(MODELS) == {f"ir_{family}" for family in FAMILIES}
-    assert {config.model_type for config in EVERY.values()} == set(FAMILIES)
+    here = {name for name, family in FAMILIES.items() if family.transformers <= int(transformers.__version__[0])}
+    assert {config.model_type for config in EVERY.values()} == here
 
 
 @torch.no_grad()
