@@ -78,6 +78,8 @@ def _config(checkpoint: Checkpoint, routing: Routing, dtype: torch.dtype) -> dic
     values = checkpoint.written_config
     for name in ("_name_or_path", "torch_dtype", *ROPE):
         values.pop(name, None)
+    if values.get("output_router_logits"):
+        values["output_router_logits"] = False  # approximated tokens have none
     model = MODELS[f"ir_{checkpoint.config.model_type}"]
     configuration = model.config_class
     layers, activation = checkpoint.config.num_hidden_layers, checkpoint.family.activation
@@ -92,9 +94,6 @@ def _config(checkpoint: Checkpoint, routing: Routing, dtype: torch.dtype) -> dic
                 "AutoModelForCausalLM": f"modeling_ir.{model.__name__}",
             },
             activation: getattr(checkpoint.config, activation),
-            **(
-                {"output_router_logits": False} if values.get("output_router_logits") else {}
-            ),  # approximated tokens have none
             "dtype": str(dtype).removeprefix("torch."),
             "tie_word_embeddings": checkpoint.tied,
             "forecaster_rank": _sizes(routing, layers, lambda unit: unit.forecaster.rank),

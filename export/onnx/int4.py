@@ -102,7 +102,7 @@ class Int4:
             "weight": (outputs, blocks, self.block // 2),
             "scales": (outputs, blocks),
         }
-        if self.method == "hqq":
+        if not self.whole_zero_points:
             shapes["zero_points"] = (outputs, blocks)
         elif self.zero_points:
             shapes["zero_points"] = (outputs, (blocks + 1) // 2)
@@ -111,7 +111,7 @@ class Int4:
     def size(self, outputs: int, inputs: int, itemsize: int) -> int:
         """Returns the bytes that a weight takes where scales take ``itemsize`` bytes each."""
         sizes = {part: int(np.prod(shape)) for part, shape in self.shapes(outputs, inputs).items()}
-        floats = {"scales", "zero_points"} if self.method == "hqq" else {"scales"}
+        floats = {"scales"} if self.whole_zero_points else {"scales", "zero_points"}
         return sum(size * (itemsize if part in floats else 1) for part, size in sizes.items())
 
 
@@ -170,7 +170,7 @@ def lazy_parts(
     take = by_parts(make)
 
     def lazy(part: str, part_shape: tuple[int, ...]) -> ir.LazyTensor:
-        is_bytes = part == "weight" or (part == "zero_points" and int4.method != "hqq")
+        is_bytes = part == "weight" or (part == "zero_points" and int4.whole_zero_points)
         written = f"{name}.{'int4' if part == 'weight' else part}"
         return LazyWeight(written, part_shape, lambda: take(part), torch.uint8 if is_bytes else dtype)
 
