@@ -10,6 +10,7 @@ from onnx_ir.tensor_adapters import from_torch_dtype
 from onnxscript import GraphBuilder
 
 from ir_convert.checkpoint import Checkpoint
+from ir_convert.experts import PACKED, PARTS, PLAIN
 from ir_convert.families import experts_of, head_dim, packed_rows, projection_sizes
 
 from .experts import MOE_PROJECTIONS, expert_weights, int4_expert_tensors, stacked
@@ -108,12 +109,9 @@ class Stored:
         assert experts is not None
         d, f, inside = self._config.hidden_size, experts.width, f"{module}.{self._family.mlp.experts}"
         weights = {"gate_weight": self.weight(f"{module}.gate.weight", experts.count, d, transpose=True)}
-        for short, parts, matrix in (
-            ("gate_up", ("gate_proj", "up_proj"), (2 * f, d)),
-            ("down", ("down_proj",), (d, f)),
-        ):
-            name, shape = f"{inside}.{short}_proj", (experts.count, *matrix)
-            each = partial(expert_weights, self._checkpoint, inside, f"{short}_proj", parts, matrix)
+        for packed, parts, matrix in ((PACKED, PARTS, (2 * f, d)), (PLAIN, (PLAIN,), (d, f))):
+            name, short, shape = f"{inside}.{packed}", short_name(packed), (experts.count, *matrix)
+            each = partial(expert_weights, self._checkpoint, inside, packed, parts, matrix)
             if self._int4 is None:
                 weights[f"{short}_weight"] = self.initializer(
                     name, shape, partial(stacked, shape, each, self.dtype), self.dtype
