@@ -4,6 +4,7 @@ import itertools
 import math
 import platform
 import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
@@ -24,6 +25,9 @@ from ir_convert.units import Units
 
 CLOSE, FAR = 0.004, 0.03  # a search for a threshold ends here; a worse result than the latter is refused
 TRIES = 10
+# Seconds before each turn: the threads of the session before spin on when its run has ended, for some 20 ms, and where all cores
+# are theirs, that is time taken from the next, as much of a short run as of a long one.
+REST = 0.05
 # Sparsity may differ by this between a plan and what is timed: a score beside the threshold, rounded otherwise. In fp16, and in
 # int4, where activations are rounded to 8 bits, one that falls differently moves all scores after it; the ideal is then off by as
 # much.
@@ -165,6 +169,7 @@ def time_in_turn(runners: Mapping[str, Callable[[], float]], rounds: int) -> dic
         run()
     for index in range(rounds):
         for name in list(runners)[:: -1 if index % 2 else 1]:
+            time.sleep(REST)
             times[name].append(runners[name]())
     return times
 
