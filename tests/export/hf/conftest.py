@@ -1,7 +1,10 @@
-"""An exported checkpoint of every family."""
+"""An exported checkpoint of every family, and a model to export."""
 
 import pytest
+from models import random_routing, save_random
 from routed_models import Exported, export
+
+from ir_convert.checkpoint import Checkpoint
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +19,11 @@ def _fresh(request):
         exported = request.getfixturevalue("exported")
         exported.set_threshold(exported.routing.threshold)
         exported.model.set_attn_implementation(exported.kernels[0])
+
+
+@pytest.fixture
+def llama(tmp_path):
+    """(base model, checkpoint, routing) of a tied llama, in a folder that the test may change."""
+    base = save_random("llama", tmp_path / "base")
+    checkpoint = Checkpoint.open(str(tmp_path / "base"))
+    return base, checkpoint, random_routing(checkpoint)

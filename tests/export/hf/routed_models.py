@@ -4,6 +4,7 @@ import copy
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +76,13 @@ def export(made: tuple[str, PreTrainedModel, Checkpoint, Routing], folder: Path)
     name, base, checkpoint, routing = made
     write(checkpoint, routing, folder)
     return Exported(name, base, load(folder).eval(), dense_reference(base, routing), checkpoint, routing, folder)
+
+
+def write_and_load(checkpoint: Checkpoint, routing: Routing, folder: Path, **options: Any) -> PreTrainedModel:
+    """Writes a checkpoint into a new folder, with options of ``write``, and loads it."""
+    folder.mkdir()
+    write(checkpoint, routing, folder, **options)
+    return load(folder).eval()
 
 
 def dense_reference(base: PreTrainedModel, routing: Routing) -> PreTrainedModel:

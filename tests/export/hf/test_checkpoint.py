@@ -9,36 +9,21 @@ import torch
 import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import EVERY, random_routing, save_random
-from routed_models import tokens
+from models import EVERY
+from routed_models import tokens, write_and_load
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoTokenizer, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from ir_convert.checkpoint import Checkpoint
 from ir_convert.errors import UserError
-from ir_convert.export.hf import load, write
+from ir_convert.export.hf import load
 from ir_convert.export.hf.card import model_card
-from ir_convert.export.hf.writer import CODE, ROPE
-from ir_convert.rope import all_rope_parameters
+from ir_convert.export.hf.writer import CODE
 from ir_convert.routing import Routing
 from ir_convert.units import Forecaster, Router
-
-
-@pytest.fixture
-def llama(tmp_path):
-    """(base model, checkpoint, routing) of a tied llama, in a folder that the test may change."""
-    base = save_random("llama", tmp_path / "base")
-    checkpoint = Checkpoint.open(str(tmp_path / "base"))
-    return base, checkpoint, random_routing(checkpoint)
-
-
-def export(checkpoint, routing, folder, **kwargs):
-    folder.mkdir()
-    write(checkpoint, routing, folder, **kwargs)
-    return load(folder).eval()
 
 
 def test_files_and_names(exported):
@@ -75,7 +60,9 @@ def test_configuration(exported):
 def test_shards(llama, tmp_path):
     base, checkpoint, routing = llama
     seen = []
-    model = export(checkpoint, routing, tmp_path / "ir", shard_bytes=40_000, on_progress=lambda *at: seen.append(at))
+    model = write_and_load(
+        checkpoint, routing, tmp_path / "ir", shard_bytes=40_000, on_progress=lambda *at: seen.append(at)
+    )
     assert seen == [(1, 3), (2, 3), (3, 3)]
     index = json.loads((tmp_path / "ir" / "model.safetensors.index.json").read_text("utf-8"))
     shards = sorted(set(index["weight_map"].values()))
@@ -91,7 +78,7 @@ def test_shards(llama, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_half_precision(exported, tmp_path, dtype):
-    model = export(exported.checkpoint, exported.routing, tmp_path / "ir", dtype=dtype)
+    model = write_and_load(exported.checkpoint, exported.routing, tmp_path / "ir", dtype=dtype)
     router = model.model.layers[1].mlp.router
     assert model.dtype == router.hidden.weight.dtype == dtype
     assert router.score.weight.dtype == torch.float32
@@ -110,7 +97,7 @@ def test_the_precision_is_that_of_the_base_models_weights(llama, tmp_path):
     _, checkpoint, routing = llama
     file = checkpoint.path / "model.safetensors"
     save_file({name: tensor.bfloat16() for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
-    export(Checkpoint.open(str(checkpoint.path)), routing, tmp_path / "ir")
+    write_and_load(Checkpoint.open(str(checkpoint.path)), routing, tmp_path / "ir")
     written = load_file(tmp_path / "ir" / "model.safetensors")
     assert {written[name].dtype for name in checkpoint.shards} == {torch.bfloat16}
     assert {tensor.dtype for name, tensor in written.items() if name not in checkpoint.shards} == {torch.float32}
@@ -122,9 +109,9 @@ def test_what_half_precision_cannot_hold_is_said(llama, tmp_path):
     name = "model.layers.1.self_attn.q_proj.weight"
     rows, columns = checkpoint.read(name).shape
     huge = replace(routing, lora={name: (torch.full((1, columns), 1e4), torch.full((rows, 1), 1e4))})
-    export(checkpoint, huge, tmp_path / "fine", dtype=torch.float32)
+    write_and_load(checkpoint, huge, tmp_path / "fine", dtype=torch.float32)
     with pytest.raises(UserError, match=f"'{name}' holds values that are not finite in float16: convert to float32"):
-        export(checkpoint, huge, tmp_path / "ir", dtype=torch.float16)
+        write_and_load(checkpoint, huge, tmp_path / "ir", dtype=torch.float16)
 
 
 @torch.no_grad()
@@ -199,7 +186,7 @@ def test_every_unit_may_have_its_own_sizes(llama, tmp_path):
         routing.units[key].forecaster = Forecaster(normal(size, d), normal(size), normal(d, size), normal(d))
         routing.units[key].router = Router(normal(size + 2, d), normal(size + 2), normal(1, size + 2), normal(1))
     del routing.units[1, "attention"]
-    model = export(checkpoint, routing, tmp_path / "ir")
+    model = write_and_load(checkpoint, routing, tmp_path / "ir")
     assert model.config.forecaster_rank == {"attention": [0, None, 4], "mlp": [1, 3, 5]}
     assert model.config.router_width == {"attention": [2, None, 6], "mlp": [3, 5, 7]}
     assert type(model.model.layers[1].self_attn) is LlamaAttention
@@ -217,81 +204,13 @@ def test_tied_weights_under_either_name(llama, tmp_path):
     weights = load_file(checkpoint.path / "model.safetensors")
     weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
     save_file(weights, checkpoint.path / "model.safetensors", metadata={"format": "pt"})
-    model = export(Checkpoint.open(str(checkpoint.path)), routing, tmp_path / "ir")
+    model = write_and_load(Checkpoint.open(str(checkpoint.path)), routing, tmp_path / "ir")
     with safe_open(tmp_path / "ir" / "model.safetensors", "pt") as file:
         assert "model.embed_tokens.weight" in file.keys()
         assert "lm_head.weight" not in file.keys()
     assert model.lm_head.weight is model.model.embed_tokens.weight
     model.set_sparsity(0)
     assert_close(model(tokens(1, 9)).logits, base(tokens(1, 9)).logits, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("spelling", [4, 5])
-@torch.no_grad()
-def test_rope_in_the_spelling_of_either_transformers(llama, tmp_path, spelling):
-    _, checkpoint, routing = llama
-    scaling = {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 32,
-    }
-    path = checkpoint.path / "config.json"
-    plain = json.loads(path.read_text("utf-8"))
-    for name in ("rope_parameters", "rope_theta", "rope_scaling"):
-        plain.pop(name, None)
-    four = {"rope_theta": 5000.0, "rope_scaling": scaling}
-    path.write_text(json.dumps(plain | four), "utf-8")
-    base = AutoModelForCausalLM.from_pretrained(checkpoint.path).eval()
-    five = {"rope_parameters": {"rope_theta": 5000.0, **scaling}}
-    path.write_text(json.dumps(plain | (four if spelling == 4 else five)), "utf-8")
-    model = export(Checkpoint.open(str(checkpoint.path)), routing, tmp_path / "ir")
-    model.save_pretrained(tmp_path / "again")
-    ids = tokens(1, 60)
-    for loaded in (model, load(tmp_path / "again").eval()):
-        loaded.set_sparsity(0)
-        assert_close(loaded(ids).logits, base(ids).logits, atol=1e-5, rtol=1e-5)
-    values = json.loads((tmp_path / "ir" / "config.json").read_text("utf-8"))
-    assert (values["rope_theta"], values["rope_scaling"]) == (5000.0, scaling)
-    assert values["rope_parameters"] == {"rope_theta": 5000.0, **scaling}
-
-
-ROPE_OF_VERSION_4 = {
-    "gemma3": {"rope_theta": 5000.0, "rope_local_base_freq": 70.0},
-    "phi3": {"rope_theta": 10000.0, "partial_rotary_factor": 0.5},
-    "phi3-long": {
-        "rope_theta": 10000.0,
-        "partial_rotary_factor": 1.0,
-        "rope_scaling": {
-            "type": "longrope",
-            "short_factor": [1.0, 1.5, 2.0, 3.0],
-            "long_factor": [1.0, 2.0, 4.0, 9.0],
-        },
-    },
-}
-
-
-@pytest.mark.parametrize("spelling", [4, 5])
-@pytest.mark.parametrize("name", ROPE_OF_VERSION_4)
-@torch.no_grad()
-def test_rope_of_other_families_in_either_spelling(name, spelling, tmp_path):
-    """Two bases, heads rotated in part, and factors that depend on the length."""
-    base = save_random(name, tmp_path / "base")
-    path, ids = tmp_path / "base" / "config.json", tokens(1, 60)
-    five = all_rope_parameters(base.config)
-    plain = {key: value for key, value in json.loads(path.read_text("utf-8")).items() if key not in ROPE}
-    written = {"rope_parameters": five} if spelling == 5 else ROPE_OF_VERSION_4[name]
-    path.write_text(json.dumps(plain | written), "utf-8")
-    checkpoint = Checkpoint.open(str(tmp_path / "base"))
-    model = export(checkpoint, random_routing(checkpoint), tmp_path / "ir")
-    model.save_pretrained(tmp_path / "again")
-    for loaded in (model, load(tmp_path / "again").eval()):
-        loaded.set_sparsity(0)
-        assert_close(loaded(ids).logits, base(ids).logits, atol=1e-5, rtol=1e-5)
-    values = json.loads((tmp_path / "ir" / "config.json").read_text("utf-8"))
-    assert values["rope_parameters"] == five
-    assert {key: values[key] for key in ROPE if key in values} == {"rope_parameters": five} | ROPE_OF_VERSION_4[name]
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -307,7 +226,7 @@ def test_tokenizer(llama, tmp_path, named):
         path = checkpoint.path / "tokenizer_config.json"
         values = json.loads(path.read_text("utf-8"))
         path.write_text(json.dumps({k: v for k, v in values.items() if k != "tokenizer_class"}), "utf-8")
-    export(checkpoint, routing, tmp_path / "ir")
+    write_and_load(checkpoint, routing, tmp_path / "ir")
     ids = AutoTokenizer.from_pretrained(tmp_path / "ir")("two one three")["input_ids"]
     assert ids == checkpoint.tokenizer("two one three")["input_ids"]
     assert ids[-3:] == [2, 1, 0]
@@ -338,7 +257,7 @@ def test_every_family_is_exported():
 @torch.no_grad()
 def test_dropout_is_for_training(llama, tmp_path):
     _, checkpoint, routing = llama
-    model, ids = export(checkpoint, routing, tmp_path / "ir"), tokens(1, 20)
+    model, ids = write_and_load(checkpoint, routing, tmp_path / "ir"), tokens(1, 20)
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.5
     assert model(ids).logits.equal(model(ids).logits)
@@ -348,7 +267,7 @@ def test_dropout_is_for_training(llama, tmp_path):
 
 def test_sparsity_0_is_json(llama, tmp_path):
     _, checkpoint, routing = llama
-    export(checkpoint, replace(routing, metadata=routing.metadata | {"sparsity": 0.0}), tmp_path / "ir")
+    write_and_load(checkpoint, replace(routing, metadata=routing.metadata | {"sparsity": 0.0}), tmp_path / "ir")
     assert json.loads((tmp_path / "ir" / "config.json").read_text("utf-8"))["routing_threshold"] == "-inf"
 
 
