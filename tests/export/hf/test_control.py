@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 from models import random_routing, save_random
-from routed_models import tokens
+from routed_models import tokens, write_and_load
 
 from ir_convert.checkpoint import Checkpoint
 from ir_convert.export.hf import load, write
@@ -25,9 +25,7 @@ def model(request, tmp_path_factory):
     checkpoint = Checkpoint.open(str(path))
     routing = random_routing(checkpoint, kv_cache=request.param)
     routing.curve = OFF
-    folder = tmp_path_factory.mktemp("ir")
-    write(checkpoint, routing, folder)
-    return load(folder).eval()
+    return write_and_load(checkpoint, routing, tmp_path_factory.mktemp("made") / "ir")
 
 
 def run(model, block: torch.Tensor) -> float:

@@ -3,10 +3,9 @@
 import pytest
 import transformers
 from models import EVERY, edit, random_routing, save_random
-from routed_models import tokens
+from routed_models import tokens, write_and_load
 
 from ir_convert.checkpoint import Checkpoint
-from ir_convert.export.hf import load, write
 from ir_convert.families import FAMILIES
 
 NAMES = [name for name in EVERY if FAMILIES[EVERY[name].model_type].mlp.experts]
@@ -18,9 +17,7 @@ def test_trained_for_the_scores_of_experts(name, tmp_path):
     save_random(name, tmp_path / "base")
     edit(tmp_path / "base" / "config.json", output_router_logits=True)
     checkpoint = Checkpoint.open(str(tmp_path / "base"))
-    (tmp_path / "ir").mkdir()
-    write(checkpoint, random_routing(checkpoint), tmp_path / "ir")
-    model = load(tmp_path / "ir")
+    model = write_and_load(checkpoint, random_routing(checkpoint), tmp_path / "ir")
     assert model(tokens(1, 5)).logits.isfinite().all()
     with pytest.raises(ValueError, match="approximated tokens have no scores of experts"):
         model(tokens(1, 5), output_router_logits=True)

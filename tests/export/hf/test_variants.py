@@ -8,13 +8,12 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from onnx_reference import batches
 from products import watch
-from routed_models import tokens
+from routed_models import tokens, write_and_load
 from stream_reference import StreamReference
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from variants import VARIANTS, Variant
 
 from ir_convert.decoder import attention_kernel
-from ir_convert.export.hf import load, write
 from ir_convert.families import UNITS, projection_sizes
 from ir_convert.flops import Budget, forecaster_flops, router_flops
 
@@ -39,9 +38,8 @@ GREEDY = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False}
 def variant(request, tmp_path_factory) -> tuple[PreTrainedModel, StreamReference]:
     """(the checkpoint's model, its reference) of every variant."""
     checkpoint, routing = VARIANTS[request.param].make(tmp_path_factory.mktemp("base"))
-    folder = tmp_path_factory.mktemp("ir")
-    write(checkpoint, routing, folder)
-    return load(folder).eval(), StreamReference(checkpoint, routing)
+    model = write_and_load(checkpoint, routing, tmp_path_factory.mktemp("made") / "ir")
+    return model, StreamReference(checkpoint, routing)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
